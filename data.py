@@ -1,0 +1,492 @@
+"""Paired samples: one on-disk format, what reads it, and what writes it.
+
+A prepared folder holds `samples.jsonl` with one object a line, `{"id", "image", "question", "audio", "answer"}`, and the
+files it names: pictures, and speech as 16 kHz mono FLAC. `audio` says aloud what `question` says in writing; a line
+without image is speech or text alone, a line without audio is text alone, a line without question is speech to
+transcribe. Every source is brought to this format, the built-in world too:
+
+    python data.py shapes --seed 0                     # to runs/shapes/data-s0, about a minute on two cores
+    python data.py shapes --seed 0 --label-noise 0     # training answers without annotation errors
+    python data.py speak "what color is the circle" --out question.wav
+
+Letters in shape comments: B batch, T tokens, S suffix tokens, A audio tokens, N tiles, M mel bins, F mel frames.
+"""
+
+import _ctypes
+import argparse
+import contextlib
+import ctypes
+import functools
+import json
+import multiprocessing
+import os
+import random
+import sys
+from pathlib import Path
+
+import espeakng_loader
+import numpy as np
+import soundfile
+import torch
+import torchaudio
+from PIL import Image
+from tqdm import tqdm
+
+import shapes
+
+SAMPLE_RATE = 16_000
+TOKEN_SAMPLES = 640  # waveform samples per audio token: 10 ms hop x 2 (convolution stride) x 2 (pooling)
+IGNORE = -100  # the label of a token that is not supervised, as everywhere in torch and transformers
+AUDIO_SLOT = -200  # stands in the ids where an audio token goes (LLaVA marks image tokens in the same way)
+MAX_SECONDS = 30  # Whisper has positions for no more
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class BadInput(Exception):
+    """Something the user gave cannot be used; the message says what and where, on one line."""
+
+
+@contextlib.contextmanager
+def readable_errors():
+    """Around a script's main part: an error that the user can mend is one line on stderr and exit code 1."""
+    try:
+        yield
+    except (BadInput, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+@contextlib.contextmanager
+def written_whole(path):
+    """Yields a temporary path beside `path`, renamed to it if all went well: a reader never sees half a file."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# ---- reading -------------------------------------------------------------------------------------------------------
+
+
+def read_samples(folder):
+    """The lines of folder/samples.jsonl as dicts, each checked; `where` ("file:line") is added for messages."""
+    path = Path(folder) / "samples.jsonl"
+    if not path.is_file():
+        raise BadInput(f"{path}: no such file (a prepared folder has one; `python data.py shapes` makes some)")
+    samples = []
+    with open(path, encoding="utf-8", errors="replace") as lines:
+        for number, line in enumerate(lines, 1):
+            where = f"{path}:{number}"
+            try:
+                sample = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise BadInput(f"{where}: not JSON: {error}") from None
+            check_sample(sample, where)
+            samples.append({**sample, "where": where})
+    if not samples:
+        raise BadInput(f"{path}: has no sample")
+    return samples
+
+
+def check_sample(sample, where):
+    """Raises BadInput unless this is a sample: an object of strings, with an answer and a question or speech."""
+    if not isinstance(sample, dict):
+        raise BadInput(f"{where}: a sample is a JSON object, not {type(sample).__name__}")
+    for key in ("id", "image", "question", "audio", "answer"):
+        if not isinstance(sample.get(key, ""), str):
+            raise BadInput(f"{where}: {key!r} must be a string")
+    for key in ("image", "audio"):
+        if Path(sample.get(key, "")).is_absolute() or ".." in Path(sample.get(key, "")).parts:
+            raise BadInput(f"{where}: {key!r} must lie inside the folder, not at {sample[key]!r}")
+    if not sample.get("answer", "").strip():
+        raise BadInput(f"{where}: the answer is missing or empty")
+    if "question" in sample and not sample["question"].strip():
+        raise BadInput(f"{where}: the question is empty")
+    if "question" not in sample and "audio" not in sample:
+        raise BadInput(f"{where}: neither question nor audio")
+
+
+class Samples(torch.utils.data.Dataset):
+    """A prepared folder, a sample an index: {"question", "answer", "pixels", "wave", ...}, read when asked for."""
+
+    def __init__(self, folder, settings, speech=True):
+        """`settings` as in model.py (image_size, max_tiles); without `speech` no audio file is opened."""
+        self.folder, self.settings, self.speech = Path(folder), settings, speech
+        self.rows = read_samples(folder)
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        row = dict(self.rows[index])
+        try:
+            if "image" in row:
+                image = load_image(self.folder / row["image"])
+                row["pixels"] = pixels(tile(image, self.settings["max_tiles"], self.settings["image_size"]))
+            if self.speech and "audio" in row:
+                row["wave"] = load_audio(self.folder / row["audio"])
+        except BadInput as error:
+            raise BadInput(f"{row['where']}: {error}") from None
+        return row
+
+    def length(self, index):
+        """A cheap stand-in for how long a sample is (characters): enough to put like with like in a batch."""
+        return len(self.rows[index].get("question", "")) + len(self.rows[index]["answer"])
+
+
+def load_image(path):
+    """An RGB PIL image, wholly decoded. Raises BadInput if it is missing or broken."""
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise BadInput(f"cannot read the image {path}: {error}") from None
+
+
+def load_audio(path):
+    """16 kHz mono float32 waveform (samples,) from any format and rate that soundfile reads.
+
+    Raises BadInput if the file is missing, broken, empty, silent-by-NaN or longer than Whisper's 30 s.
+    """
+    try:
+        wave, rate = soundfile.read(path, dtype="float32", always_2d=True)  # (samples, channels)
+    except (soundfile.LibsndfileError, OSError, RuntimeError) as error:
+        raise BadInput(f"cannot read the audio {path}: {error}") from None
+    wave = resample(wave.mean(axis=1), rate)
+    if not len(wave) or not np.isfinite(wave).all():
+        raise BadInput(f"the audio {path} has no samples, or samples that are not numbers")
+    if len(wave) > MAX_SECONDS * SAMPLE_RATE:
+        raise BadInput(f"the audio {path} lasts {len(wave) / SAMPLE_RATE:.1f} s; Whisper hears {MAX_SECONDS} s at most")
+    return wave
+
+
+@functools.cache
+def resampler(rate):
+    """torchaudio's filter from `rate` to 16 kHz; making it takes longer than using it."""
+    return torchaudio.transforms.Resample(rate, SAMPLE_RATE)
+
+
+def resample(wave, rate):
+    """The waveform (samples,) at 16 kHz."""
+    return wave if rate == SAMPLE_RATE else resampler(rate)(torch.from_numpy(wave)).numpy()
+
+
+def tile(image, max_tiles, size=448, thumbnail=True):
+    """InternVL2's dynamic tiling: the grid of at most `max_tiles` squares whose aspect ratio is nearest the image's.
+
+    Returns a list of size x size PIL images, row by row, and a thumbnail of the whole last if there is more than one.
+    """
+    width, height = image.size
+    best, columns, rows = float("inf"), 1, 1
+    for area in range(1, max_tiles + 1):
+        for c in range(1, area + 1):
+            if area % c:
+                continue
+            r = area // c
+            distance = abs(width / height - c / r)  # in floats: exact fractions break ties differently
+            if distance < best or (distance == best and width * height > 0.5 * size * size * c * r):
+                best, columns, rows = distance, c, r
+    whole = image.resize((size * columns, size * rows))  # bicubic; the aspect ratio is not kept
+    tiles = [whole.crop((size * c, size * r, size * (c + 1), size * (r + 1)))
+             for r in range(rows) for c in range(columns)]
+    return tiles + [image.resize((size, size))] if thumbnail and len(tiles) > 1 else tiles
+
+
+def pixels(tiles):
+    """Normalised pixel values of a list of tiles, (N, 3, H, W) float32."""
+    values = torch.from_numpy(np.stack([np.asarray(t) for t in tiles])).permute(0, 3, 1, 2) / 255  # (N, 3, H, W)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    return (values - mean) / std
+
+
+# ---- collating -----------------------------------------------------------------------------------------------------
+
+
+def collate(samples, tokenizer, mel_extractor, settings, answers=True, stretch_seed=None):
+    """A batch: what comes before the slot, once, and what follows it, once for each form of the question.
+
+    samples         dicts of Samples
+    answers         True: answers are appended and labelled, padding stands right (training);
+                    False: the suffix ends where the answer begins, padding stands left (generation)
+    stretch_seed    not None: spread the written questions' positions (see `stretched`)
+
+    Returns {"pixels" (N, 3, H, W) or None, "prefix": {"ids", "mask"} (B, P), "text": suffix or None,
+    "mel" (B, M, F) or None, "n_frames" (B,), "audio": suffix or None}. A suffix is a dict of (B, S) tensors: "ids" with
+    AUDIO_SLOT where speech goes, "mask", "positions" counted from the prefix's end, and "labels".
+    """
+    images = [s["pixels"] for s in samples if "pixels" in s]
+    image_tokens = [len(s["pixels"]) * settings["tokens_per_tile"] if "pixels" in s else 0 for s in samples]
+    answer_ids = tokenizer([s["answer"] + "<|im_end|>" for s in samples]).input_ids if answers else [[]] * len(samples)
+    batch = {"pixels": torch.cat(images) if images else None, "mel": None, "text": None, "audio": None}
+    heads, slots, tail = prompts(tokenizer, settings, image_tokens, [s.get("question", "") for s in samples])
+    batch["prefix"] = pad(heads, tokenizer.pad_token_id)
+    if "question" in samples[0]:
+        spread = [None if stretch_seed is None else random.Random(f"{stretch_seed}/{s['id']}") for s in samples]
+        batch["text"] = suffixes(tokenizer, slots, tail, answer_ids, spread, left=not answers)
+    if "wave" in samples[0]:
+        batch["mel"], batch["n_frames"] = mels(mel_extractor, [s["wave"] for s in samples])
+        after = "" if "question" in samples[0] else settings["instruction"]  # speech without a question: transcribe
+        _, (after,), _ = prompts(tokenizer, settings, [0], [after])
+        heard = [[AUDIO_SLOT] * audio_tokens(s["wave"]) + after for s in samples]
+        batch["audio"] = suffixes(tokenizer, heard, tail, answer_ids, [None] * len(samples), left=not answers)
+    return batch
+
+
+def prompts(tokenizer, settings, image_tokens, questions):
+    """Token ids of InternVL2's chat prompt in three parts: before the slot, in it, and after it.
+
+    Text and speech fill the same slot, so everything around it must be the same for both: each prompt is tokenised
+    whole and cut, and it is asserted that no token grew across a cut. Returns (heads, slots, tail).
+    """
+    system = f"<|im_start|>system\n{settings['system']}<|im_end|><|im_start|>user\n"
+    before = [system + ("<img>" + "<IMG_CONTEXT>" * n + "</img>\n" if n else "") for n in image_tokens]
+    after = "<|im_end|><|im_start|>assistant\n"
+    questions = [q.strip() for q in questions]
+    whole = tokenizer([b + q + after for b, q in zip(before, questions)]).input_ids
+    heads, tail = tokenizer(before).input_ids, tokenizer(after).input_ids
+    for head, ids, question in zip(heads, whole, questions):
+        assert ids[: len(head)] == head and ids[-len(tail):] == tail, f"tokens merge around the question {question!r}"
+    return heads, [ids[len(head): -len(tail)] for head, ids in zip(heads, whole)], tail
+
+
+def suffixes(tokenizer, slots, tail, answer_ids, spread, left):
+    """The suffix tensors of a batch: slot, tail and answer of each sample, padded."""
+    rows = [slot + tail + answer for slot, answer in zip(slots, answer_ids)]
+    batch = pad(rows, tokenizer.pad_token_id, left)
+    batch["labels"] = pad([[IGNORE] * (len(row) - len(answer)) + answer for row, answer in zip(rows, answer_ids)],
+                          IGNORE, left)["ids"]
+    positions = [stretched(len(slot), len(row), rng) for slot, row, rng in zip(slots, rows, spread)]
+    batch["positions"] = pad(positions, 0, left)["ids"]
+    return batch
+
+
+def pad(rows, value, left=False):
+    """Lists of ids as {"ids" (B, T) int64, "mask" (B, T) bool}, padded on the right or on the left."""
+    length = max(len(row) for row in rows)
+    ids = torch.full((len(rows), length), value)  # (B, T)
+    mask = torch.zeros(len(rows), length, dtype=torch.bool)  # (B, T)
+    for b, row in enumerate(rows):
+        where = slice(length - len(row), length) if left else slice(0, len(row))
+        ids[b, where], mask[b, where] = torch.tensor(row, dtype=torch.long), True
+    return {"ids": ids, "mask": mask}
+
+
+def stretched(n_slot, n_all, rng, longest=96, share=0.7):
+    """Positions of a suffix whose first `n_slot` tokens are the question: 0, 1, 2, ... or, with `rng`, spread out.
+
+    Speech takes more tokens than text. A tiny LLM that has only met short written questions fails on long spoken ones
+    for that reason alone, so in the built-in world most written questions are spread over a random span, in order,
+    as if they were that long (randomised positions: Ruoss et al., ACL 2023). Real LLMs come with longer experience.
+    """
+    if rng is None or rng.random() >= share or n_slot >= longest:
+        return list(range(n_all))
+    span = rng.randint(n_slot, longest)
+    return sorted(rng.sample(range(span), n_slot)) + list(range(span, span + n_all - n_slot))
+
+
+def audio_tokens(wave):
+    """How many tokens a waveform becomes: one for each 40 ms, the last one begun counts."""
+    return -(-len(wave) // TOKEN_SAMPLES)
+
+
+def mels(extractor, waves):
+    """Log-mel spectrograms (B, M, F) of waveforms and their own lengths in frames (B,).
+
+    Each waveform is padded with zeros to whole tokens before its own spectrogram is taken, and what lies beyond its end
+    is 0, as the convolution's own padding: so a clip's features do not depend on what it is batched with.
+    """
+    clips = []
+    for wave in waves:
+        wave = np.pad(wave, (0, audio_tokens(wave) * TOKEN_SAMPLES - len(wave)))
+        features = extractor(wave, sampling_rate=SAMPLE_RATE, padding="do_not_pad", return_tensors="pt")
+        clips.append(features.input_features[0])  # (M, F)
+    n_frames = torch.tensor([clip.size(1) for clip in clips])  # (B,)
+    mel = torch.zeros(len(clips), clips[0].size(0), int(n_frames.max()))  # (B, M, F)
+    for row, clip in zip(mel, clips):
+        row[:, : clip.size(1)] = clip
+    return mel, n_frames
+
+
+# ---- speaking ------------------------------------------------------------------------------------------------------
+
+# Voices of espeak-ng, "accent+variant". Runs are evaluated with voices whose variant was never trained on. Variants
+# that breathe (f2, f3, f5, whisper and some more) are left out: their noise is another one each time.
+ACCENTS = ("gmw/en-US", "gmw/en", "gmw/en-GB-x-rp")
+VARIANTS = ("m1", "m2", "m3", "m5", "m6", "m8", "f1", "f4", "Andy", "Annie", "Michael", "adam", "david", "linda", "steph")
+VOICES = tuple(f"{accent}+{variant}" for accent in ACCENTS for variant in VARIANTS)
+HELD_OUT_VOICES = tuple(f"{accent}+{variant}" for accent in ACCENTS for variant in ("m4", "m7", "Andrea", "belinda"))
+
+
+def speak(text, voice=VOICES[0], words_per_minute=175, pitch=50):
+    """The text spoken by espeak-ng: (waveform float32 (samples,), 16000). Raises BadInput for an unknown voice.
+
+    espeak-ng carries state from one utterance to the next (its flutter and noise go on), and has no call to reset it.
+    So its library is loaded afresh each time, which costs little: speech is then a function of the arguments alone.
+    """
+    if not text.strip():
+        raise BadInput("there is nothing to say: the text is empty")
+    library = ctypes.CDLL(espeakng_loader.get_library_path())
+    rate = library.espeak_Initialize(2, 0, espeakng_loader.get_data_path().encode(), 0)  # 2: hand samples to a callback
+    pieces = []
+
+    @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
+    def keep(samples, count, events):
+        if count > 0:
+            pieces.append(np.ctypeslib.as_array(samples, (count,)).copy())
+        return 0
+
+    try:
+        library.espeak_SetSynthCallback(keep)
+        if library.espeak_SetVoiceByName(voice.encode()) != 0:
+            raise BadInput(f"espeak-ng has no voice {voice!r}")
+        library.espeak_SetParameter(1, words_per_minute, 0)
+        library.espeak_SetParameter(3, pitch, 0)
+        spoken = text.encode() + b"\0"
+        library.espeak_Synth(spoken, len(spoken), 0, 1, 0, 1, None, None)  # from 0, by characters, to the end, as UTF-8
+        library.espeak_Synchronize()
+    finally:
+        library.espeak_Terminate()
+        _ctypes.dlclose(library._handle)
+    if not pieces:
+        raise BadInput(f"espeak-ng says nothing for {text!r}")
+    return resample(np.concatenate(pieces).astype(np.float32) / 32768, rate), SAMPLE_RATE
+
+
+# ---- writing: the built-in world -----------------------------------------------------------------------------------
+
+SCENE_QUESTIONS = 8  # written questions about each picture of the vision-text part
+
+
+def make_scene(task):
+    """Worker: one picture and its written questions (the vision-text part). Returns lines for samples.jsonl."""
+    folder, seed, i = task
+    rng = random.Random(f"{seed}/vision-text/{i}")
+    scene = shapes.draw_scene(rng, held_out=False)
+    save_png(folder / f"images/{i:06}.png", shapes.render(rng, scene))
+    lines = []
+    for j in range(SCENE_QUESTIONS):
+        line = {"id": f"{i:06}-{j}", "phase": 1, "image": f"images/{i:06}.png"}
+        if j == 0:  # first learn to see
+            line |= {"phase": 0, **shapes.draw_question(rng, scene, ("description", "layout"))}
+        elif rng.random() < 0.2:  # text alone: say it again. It teaches the LLM to copy, which alignment builds on
+            sentence = shapes.draw_sentence(rng)
+            line = {"id": f"{i:06}-{j}", "phase": 1, "question": f"{sentence} {shapes.INSTRUCTION}", "answer": sentence}
+        else:
+            line |= shapes.draw_question(rng, scene, 2 * shapes.KINDS + shapes.ALIGN_KINDS)
+        lines.append(line)
+    return lines
+
+
+def make_clip(task):
+    """Worker: one spoken sentence and its transcript (the audio-text part)."""
+    folder, seed, i = task
+    rng = random.Random(f"{seed}/audio-text/{i}")
+    sentence = shapes.draw_sentence(rng)
+    return [{"id": f"{i:06}", **save_speech(folder, i, rng, sentence, VOICES), "answer": sentence}]
+
+
+def make_pair(task):
+    """Worker: one picture and one question, written and spoken (vision-audio: noisy answers; test: none, held out)."""
+    folder, seed, i, kinds, noise, held_out = task
+    rng = random.Random(f"{seed}/{folder.name}/{i}")
+    sample = None
+    while sample is None:
+        scene = shapes.draw_scene(rng, held_out)
+        sample = shapes.draw_question(rng, scene, kinds, noise)
+    save_png(folder / f"images/{i:06}.png", shapes.render(rng, scene))
+    speech = save_speech(folder, i, rng, sample["question"], HELD_OUT_VOICES if held_out else VOICES)
+    return [{"id": f"{i:06}", "image": f"images/{i:06}.png", **speech, **sample}]
+
+
+def save_png(path, image):
+    """Writes a picture, unless it is there."""
+    if not path.exists():
+        with written_whole(path) as temporary:
+            image.save(temporary, format="PNG")
+
+
+def save_speech(folder, i, rng, text, voices):
+    """Speaks `text` with a voice, rate and pitch drawn from rng into folder/audio, unless it is there."""
+    voice, words_per_minute, pitch = rng.choice(voices), rng.randint(170, 250), rng.randint(30, 70)
+    path = folder / f"audio/{i:06}.flac"
+    if not path.exists():
+        wave, rate = speak(text, voice, words_per_minute, pitch)
+        with written_whole(path) as temporary:
+            soundfile.write(temporary, wave, rate, format="FLAC", subtype="PCM_16")
+    return {"audio": f"audio/{i:06}.flac", "voice": voice}
+
+
+def make_part(folder, worker, tasks, settings):
+    """Runs the worker on all tasks in parallel and writes folder/samples.jsonl last; what exists is kept.
+
+    `settings.json` says what the folder is made of, so that files of two worlds can't mix.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    note = folder / "settings.json"
+    if note.exists() and json.loads(note.read_text()) != settings:
+        raise BadInput(f"{note}: this folder was made with {note.read_text().strip()}, "
+                       f"not with {json.dumps(settings)}: choose another --out, or delete it")
+    if (folder / "samples.jsonl").exists():
+        return print(f"{folder}: there already")
+    for name in ("images", "audio"):
+        (folder / name).mkdir(exist_ok=True)
+    with written_whole(note) as temporary:
+        temporary.write_text(json.dumps(settings) + "\n")
+    # One thread a worker: they share the cores already.
+    with multiprocessing.Pool(os.cpu_count(), torch.set_num_threads, (1,)) as pool, written_whole(folder / "samples.jsonl") as temporary:
+        with open(temporary, "w", encoding="utf-8") as out:
+            for lines in tqdm(pool.imap(worker, tasks, chunksize=32), total=len(tasks), desc=str(folder), unit="file"):
+                out.writelines(json.dumps(line) + "\n" for line in lines)
+
+
+def make_shapes(args):
+    """The built-in world's four parts under --out."""
+    out = Path(args.out or f"runs/shapes/data-s{args.seed}")
+    scenes, clips, pairs = args.scenes, args.clips, args.n
+    if not 0 <= args.label_noise <= 1:
+        raise BadInput(f"--label-noise is a share between 0 and 1, not {args.label_noise}")
+    kinds, seed = shapes.KINDS, args.seed
+    if "vision-text" in args.parts:
+        folder = out / "vision-text"
+        make_part(folder, make_scene, [(folder, seed, i) for i in range(scenes)], {"seed": seed, "scenes": scenes})
+    if "audio-text" in args.parts:
+        folder = out / "audio-text"
+        make_part(folder, make_clip, [(folder, seed, i) for i in range(clips)], {"seed": seed, "clips": clips})
+    if "vision-audio" in args.parts:
+        folder = out / "vision-audio"
+        make_part(folder, make_pair, [(folder, seed, i, kinds, args.label_noise, False) for i in range(pairs)],
+                  {"seed": seed, "n": pairs, "label_noise": args.label_noise})
+    if "test" in args.parts:
+        folder, kinds = out / "test", kinds + shapes.ALIGN_KINDS
+        make_part(folder, make_pair, [(folder, seed, i, (kinds[i % len(kinds)],), 0.0, True) for i in range(args.test)],
+                  {"seed": seed, "n": args.test})
+    print(f"The built-in world of seed {seed} lies in {out}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    sub = commands.add_parser("shapes", help="make the built-in world")
+    sub.add_argument("--seed", type=int, default=0, help="what is drawn, asked and spoken")
+    sub.add_argument("--out", help="folder for the parts (default runs/shapes/data-s<seed>)")
+    sub.add_argument("--parts", nargs="+", default=["vision-text", "audio-text", "vision-audio", "test"],
+                     choices=["vision-text", "audio-text", "vision-audio", "test"], help="which parts to make")
+    sub.add_argument("--scenes", type=int, default=16000, help="pictures with written questions (vision-text)")
+    sub.add_argument("--clips", type=int, default=16000, help="spoken sentences (audio-text)")
+    sub.add_argument("--n", type=int, default=3200, help="spoken questions about pictures (vision-audio)")
+    sub.add_argument("--test", type=int, default=800, help="held-out spoken questions (test)")
+    sub.add_argument("--label-noise", type=float, default=0.25, help="share of wrong training answers (vision-audio)")
+    sub = commands.add_parser("speak", help="speak a text with espeak-ng")
+    sub.add_argument("text", help="what to say")
+    sub.add_argument("--voice", default=VOICES[0], help="an espeak-ng voice, accent+variant")
+    sub.add_argument("--out", default="speech.wav", help="where the speech goes (.wav or .flac)")
+    args = parser.parse_args()
+    with readable_errors():
+        if args.command == "shapes":
+            make_shapes(args)
+        else:
+            wave, rate = speak(args.text, args.voice)
+            soundfile.write(args.out, wave, rate)
+            print(f"{args.out}: {len(wave) / rate:.2f} s")

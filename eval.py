@@ -1,0 +1,286 @@
+"""Ask a run the same questions in writing and aloud, and count the right answers.
+
+    python eval.py                                             # base, after alignment and every alpha of seed 0
+    python eval.py runs/shapes/vision-audio-a*-s[012]          # any runs; those that differ by seed alone are averaged
+    python eval.py --show 10 runs/shapes/audio-text-s0         # and print ten of its answers
+    python eval.py --image scene.png --question "what color is the circle"    # one question, in writing and aloud
+    python eval.py --image scene.png --audio question.wav                     # one spoken question
+
+Pictures, questions and voices are held out: no picture has been trained on, and no voice heard. Answers are generated
+(greedy), batched by length, and each picture is seen once for both forms of its question.
+
+Right is an answer that has exactly one word of the question's answer class, and that the right one, once an exact echo
+of the question is taken away; a description counts by F1 over (colour, shape) pairs.
+"""
+
+import argparse
+import json
+import random
+import re
+import statistics
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import data
+import model
+import shapes
+import train
+from data import BadInput
+
+BATCH = 100  # questions generated at once
+
+
+# ---- scoring -------------------------------------------------------------------------------------------------------
+
+
+def score_answer(sample, answer):
+    """How right an answer to a sample of the built-in world is, 0 to 1 (only descriptions lie between)."""
+    kind, said = sample["kind"], answer.lower().replace(sample["question"], " ")  # an echo answers nothing
+    if kind in shapes.CLASSES:
+        named = re.findall(rf"\b(?:{'|'.join(shapes.CLASSES[kind])})\b", said)
+        return float(named == [sample["label"]])
+    if kind in shapes.ALIGN_KINDS:
+        return float(sample["label"] in said and sample["false"] not in said)
+    pair = rf"\b({'|'.join(shapes.COLORS)}) ({'|'.join(shapes.SHAPES)})\b"
+    named, true = re.findall(pair, said), re.findall(pair, sample["label"])
+    if len(named) > len(shapes.PLACES):  # more than a picture can hold: everything was listed
+        return 0.0
+    return 2 * len(set(named) & set(true)) / (len(named) + len(true))
+
+
+def paired_bootstrap(a, b, draws=2000, seed=0):
+    """(mean, low, high) of b - a, in points: 95 % interval over questions, both runs' answers drawn together.
+
+    It says how far the picked questions matter, not how far another seed of training would: that is the spread.
+    """
+    difference = 100 * (torch.tensor(b, dtype=torch.float64) - torch.tensor(a, dtype=torch.float64))  # (questions,)
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(len(difference), (draws, len(difference)), generator=generator)  # (draws, questions)
+    means = difference[drawn].mean(1).sort().values  # (draws,)
+    return difference.mean().item(), means[int(0.025 * draws)].item(), means[int(0.975 * draws)].item()
+
+
+# ---- asking --------------------------------------------------------------------------------------------------------
+
+
+def collated(ollm, samples, device):
+    """A batch of samples for generation, on the device."""
+    batch = data.collate(samples, ollm.tokenizer, ollm.mel_extractor, ollm.settings, answers=False)
+    return train.to(batch, device)
+
+
+@torch.no_grad()
+def answers(ollm, samples, device, forms=("text", "audio")):
+    """What the model answers to each sample of a batch: {form: [answer, ...]}; the image prefix is shared."""
+    batch = collated(ollm, samples, device)
+    prefix, said = ollm.prefix(batch), {}
+    if "text" in forms:
+        said["text"] = ollm.generate(prefix, batch["text"])
+    if "audio" in forms:
+        said["audio"] = ollm.generate(prefix, batch["audio"], ollm.hear(batch["mel"], batch["n_frames"]))
+    return said
+
+
+def transcripts(ollm, samples, device):
+    """What the model says it heard in each sample's speech: as in audio-text, no picture, then the instruction."""
+    heard = [{"wave": s["wave"], "answer": ""} for s in samples]
+    return answers(ollm, heard, device, forms=("audio",))["audio"]
+
+
+def evaluate(run, folder, kinds, n, device, texts, desc):
+    """Asks a run the first n questions of these kinds; returns its rows, samples with "text", "audio", "transcript".
+
+    texts: answers to written questions by base fingerprint, shared between runs: their LVLM is the same frozen one.
+    """
+    ollm, about = model.load_run(run), model.about_run(run)
+    ollm.to(device).eval()
+    listens, base = ollm.audio_encoder is not None, about.get("base_fingerprint") or model.fingerprint(run)
+    samples = data.Samples(folder, ollm.settings, speech=listens)
+    indices = [i for i, row in enumerate(samples.rows) if row.get("kind") in kinds][:n]
+    known = texts.setdefault((base, str(folder)), {})
+    rows = {}
+    indices = sorted(indices, key=samples.length)
+    for start in tqdm(range(0, len(indices), BATCH), desc=desc, unit="batch", leave=False):
+        chunk = indices[start: start + BATCH]
+        batch = [samples[i] for i in chunk]
+        forms = [form for form, needed in (("text", not known.keys() >= set(chunk)), ("audio", listens)) if needed]
+        said = answers(ollm, batch, device, forms) if forms else {}
+        known |= dict(zip(chunk, said.get("text", ())))
+        spoken = said.get("audio", [None] * len(chunk))
+        heard = transcripts(ollm, batch, device) if about["training"]["stage"] == "audio-text" else [None] * len(chunk)
+        for i, audio, transcript in zip(chunk, spoken, heard):
+            rows[i] = {**samples.rows[i], "text": known[i], "audio": audio, "transcript": transcript}
+    return [rows[i] for i in sorted(rows)]
+
+
+def answer_one(run, image, question, audio, device):
+    """One question about one picture, in writing and aloud; prints the answers. The speech is synthesised if needed."""
+    ollm = model.load_run(run).to(device).eval()
+    if ollm.audio_encoder is None:
+        raise BadInput(f"{run}: this run cannot listen; give one of the stage audio-text or vision-audio")
+    sample = {"pixels": data.pixels(data.tile(data.load_image(image), ollm.settings["max_tiles"],
+                                              ollm.settings["image_size"])), "question": question or "", "answer": ""}
+    if question is not None:
+        check_words(ollm.tokenizer, question)
+    sample["wave"] = data.load_audio(audio) if audio else data.speak(question)[0]
+    said = answers(ollm, [sample], device, ("text", "audio") if question is not None else ("audio",))
+    for form, source in (("text", question), ("audio", audio or f"{question} (espeak-ng)")):
+        if form in said:
+            print(f"{form:5}  {source}  ->  {said[form][0]}")
+
+
+def check_words(tokenizer, text):
+    """Raises BadInput if the text is empty or has a word that a word-level tokenizer does not know."""
+    if not text.strip():
+        raise BadInput("the question is empty")
+    unknown = [word for word in text.split() if tokenizer.unk_token_id in tokenizer(word).input_ids]
+    if unknown:
+        words = sorted(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens))
+        raise BadInput(f"the built-in world does not know {', '.join(map(repr, unknown))}; its words: {' '.join(words)}")
+
+
+# ---- reporting -----------------------------------------------------------------------------------------------------
+
+
+def run_name(about):
+    """What a run is called in a table, the same for all seeds."""
+    stage, alpha = about["training"]["stage"], about["training"]["alpha"]
+    return {"vision-text": "base", "audio-text": "aligned"}.get(stage, f"SFT" if alpha == 0 else f"KD {alpha:g}")
+
+
+def mean_scores(rows, form, kinds):
+    """Percent right by kind, for answers to questions in this form ("text" or "audio")."""
+    by_kind = {kind: [score_answer(row, row[form]) for row in rows if row["kind"] == kind] for kind in kinds}
+    return {kind: 100 * statistics.fmean(scores) for kind, scores in by_kind.items() if scores}
+
+
+def summary(rows, kinds):
+    """{measure: percent} of one run: text and audio by kind and on average, yes ratios, exact transcripts."""
+    forms = ["text"] + ["audio"] * (rows[0]["audio"] is not None)
+    measures = {}
+    for form in forms:
+        scores = mean_scores(rows, form, kinds)
+        measures |= {f"{form} {kind}": score for kind, score in scores.items()}
+        measures[f"{form} mean"] = statistics.fmean(scores.values())
+        asked = [row[form].split()[:1] for row in rows if row["kind"] == "existence"]
+        if asked:
+            measures[f"{form} yes"] = 100 * asked.count(["yes"]) / len(asked)
+    if rows[0]["transcript"] is not None:
+        measures["transcripts"] = 100 * statistics.fmean(row["transcript"] == row["question"] for row in rows)
+    return measures
+
+
+def cell(values):
+    """A table cell: the mean over seeds, and with several seeds their standard deviation."""
+    values = [v for v in values if v is not None]
+    if not values:
+        return "-"
+    spread = f" ±{statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.1f}{spread}"
+
+
+def print_table(groups, lines):
+    """A Markdown table: {run name: [measures of each seed]} as columns, [(line name, measure name), ...] as lines."""
+    table = [["", *groups]]
+    for name, measure in lines:
+        cells = [cell([measure(m) for m in measures]) for measures in groups.values()]
+        if set(cells) != {"-"}:
+            table.append([name, *cells])
+    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+    for i, row in enumerate(table):
+        print("| " + " | ".join(c.ljust(w) if j == 0 else c.rjust(w) for j, (c, w) in enumerate(zip(row, widths))) + " |")
+        if i == 0:
+            print("|" + "|".join("-" * (w + 1) + ("-" if j == 0 else ":") for j, w in enumerate(widths)) + "|")
+
+
+def gap(measures):
+    """How much worse the same questions go aloud, in points."""
+    return measures["text mean"] - measures["audio mean"] if "audio mean" in measures else None
+
+
+def table_lines(kinds, average):
+    """The lines of the table: what is counted, and how to find it in `summary`."""
+    lines = [(f"{form} {kind}", lambda m, key=f"{form} {kind}": m.get(key))
+             for form in ("text", "audio") for kind in (*kinds, "mean")]
+    lines = [(name.replace("mean", average), measure) for name, measure in lines] + [("gap", gap)]
+    return lines + [(f"yes ratio, {form} (truth: about 50)", lambda m, key=f"{form} yes": m.get(key))
+                    for form in ("text", "audio")] + [("transcripts, exact", lambda m: m.get("transcripts"))]
+
+
+def print_differences(answered):
+    """Each Self-KD run against SFT of the same seeds: the paired difference of spoken answers with its interval."""
+    sft = {seed: rows for (name, seed), rows in answered.items() if name == "SFT"}
+    for name in sorted({name for name, _ in answered if name.startswith("KD")}):
+        seeds = [seed for seed in sft if (name, seed) in answered]
+        pairs = [(score_answer(a, a["audio"]), score_answer(b, b["audio"]))
+                 for seed in seeds for a, b in zip(sft[seed], answered[name, seed])]
+        if pairs:
+            mean, low, high = paired_bootstrap(*zip(*pairs))
+            print(f"{name} - SFT, spoken: {mean:+.1f} points, 95 % interval {low:+.1f} to {high:+.1f} "
+                  f"({len(pairs)} questions, seeds {', '.join(map(str, seeds))})")
+
+
+def default_runs(preset, seed):
+    """The chain of a preset and seed: base, after alignment, every alpha found."""
+    folder = Path("runs") / preset
+    runs = [folder / f"vision-text-s{seed}", folder / f"audio-text-s{seed}"]
+    runs += sorted(folder.glob(f"vision-audio-a*-s{seed}"), key=lambda path: path.name)
+    runs = [run for run in runs if (run / "ollm.json").exists()]
+    if not runs:
+        raise BadInput(f"{folder}: no finished run of seed {seed}; `torchrun train.py --seed {seed}` makes one")
+    return runs
+
+
+def report(args, kinds, average):
+    """Evaluates the runs named on the command line and prints their table; used by mmalign.py as well."""
+    device = torch.device(args.device)
+    groups, answered, texts = {}, {}, {}
+    for run in args.runs or default_runs(args.preset, args.seed):
+        about = model.about_run(run)
+        seed = about["training"]["seed"]
+        folder = Path(args.data or f"runs/{args.preset}/data-s{seed}/test")
+        rows = evaluate(run, folder, kinds, args.n, device, texts, desc=str(run))
+        groups.setdefault(run_name(about), []).append(summary(rows, kinds))
+        answered[run_name(about), seed] = rows
+        with data.written_whole(Path(run) / f"answers-{average.split()[0]}.jsonl") as temporary:
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        for row in random.Random(0).sample(rows, min(args.show, len(rows))):
+            print(f"  {row['question']}?  ({row['label']})  text: {row['text']}  audio: {row['audio']}")
+    print(f"{len(rows)} held-out questions a run; percent right"
+          + (", mean ± standard deviation over seeds" if any(len(g) > 1 for g in groups.values()) else ""))
+    print_table(groups, table_lines(kinds, average))
+    print_differences(answered)
+
+
+def arguments(description):
+    """The arguments that eval.py and mmalign.py share."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="*", help="run folders (default: the chain of --preset and --seed)")
+    parser.add_argument("--preset", choices=train.PRESETS, default="shapes", help="whose runs, if none are named")
+    parser.add_argument("--seed", type=int, default=0, help="whose runs, if none are named")
+    parser.add_argument("--data", help="prepared folder of questions (default: the test part of each run's seed)")
+    parser.add_argument("--n", type=int, help="ask only the first so many questions")
+    parser.add_argument("--show", type=int, default=0, help="print so many of each run's answers")
+    parser.add_argument("--device", choices=["cpu", "cuda", "mps"], default="cuda" if torch.cuda.is_available() else "cpu",
+                        help="where to run")
+    return parser
+
+
+if __name__ == "__main__":
+    parser = arguments(__doc__)
+    parser.add_argument("--image", help="ask one question about this picture")
+    parser.add_argument("--question", help="the question; it is spoken by espeak-ng unless --audio is given")
+    parser.add_argument("--audio", help="the question spoken, any format and rate that soundfile reads")
+    args = parser.parse_args()
+    if args.n is not None and args.n < 1:
+        parser.error("--n must be at least 1")
+    if bool(args.image) != bool(args.question is not None or args.audio):
+        parser.error("one question needs --image, and --question or --audio")
+    with data.readable_errors():
+        if args.image:
+            run = args.runs[0] if args.runs else train.run_folder(args.preset, "vision-audio", 0.75, args.seed)
+            answer_one(run, args.image, args.question, args.audio, torch.device(args.device))
+        else:
+            report(args, shapes.KINDS, "mean of six kinds")

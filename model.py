@@ -1,0 +1,291 @@
+"""The omnimodal LLM: a vision-language model that can read, and an audio encoder that teaches it to listen.
+
+    image    -> vision encoder -> projector --.
+                                              +-> <system><image>  <query>  <answer>  -> LLM -> answer
+    question -> word embeddings   (teacher) --+
+    speech   -> Whisper's encoder -> one linear projector (student)
+
+One image prefix, two questions, one answer. The image stands before the question, attention is causal, and vision
+encoder and LLM are frozen: so the keys and values of `<system><image>` are the same for teacher and student and need no
+gradient. `prefix` computes them once; `suffix` continues from them with the written or the spoken question.
+
+There is nothing to run here; `python -m pytest tests/test_model.py` checks it against two full passes.
+
+Letters in shape comments: B batch, P prefix tokens, S suffix tokens, A audio tokens, N answer tokens in the batch,
+V vocabulary, D width of the LLM, W width of the audio encoder, M mel bins, F mel frames.
+"""
+
+import copy
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from torch import nn
+from torch.nn import functional as F
+from transformers import (AutoTokenizer, InternVLConfig, InternVLForConditionalGeneration, PreTrainedTokenizerFast,
+                          WhisperConfig, WhisperFeatureExtractor)
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+import shapes
+from data import AUDIO_SLOT, IGNORE, BadInput
+
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>")
+
+
+class OLLM(nn.Module):
+    """InternVL, Whisper's encoder and one linear projector; the audio parts may be absent (a plain LVLM).
+
+    lvlm           transformers' InternVLForConditionalGeneration
+    tokenizer      its tokenizer
+    settings       {"system", "image_size", "tokens_per_tile", "max_tiles", "instruction"}: how prompts are made
+    audio_encoder  transformers' WhisperEncoder, or None
+    mel_extractor  its WhisperFeatureExtractor, or None
+    """
+
+    def __init__(self, lvlm, tokenizer, settings, audio_encoder=None, mel_extractor=None):
+        super().__init__()
+        self.lvlm, self.tokenizer, self.settings = lvlm, tokenizer, settings
+        self.audio_encoder, self.mel_extractor = audio_encoder, mel_extractor
+        if audio_encoder is not None:
+            self.projector = nn.Linear(audio_encoder.config.d_model, lvlm.config.text_config.hidden_size)
+
+    def train_only(self, stage):
+        """Freezes everything but what this stage trains (section 3.3): the LVLM, or audio encoder and projector."""
+        for parameter in self.parameters():
+            parameter.requires_grad_(False)
+        parts = [self.lvlm] if stage == "vision-text" else [self.audio_encoder, self.projector]
+        for part in parts:
+            part.requires_grad_(True)
+        if self.audio_encoder is not None:  # sinusoids, which Whisper keeps as they are
+            self.audio_encoder.embed_positions.requires_grad_(False)
+
+    def see(self, pixels):
+        """Image tiles (N, 3, H, W) to image tokens (N, tokens per tile, D)."""
+        return self.lvlm.get_image_features(pixel_values=pixels, vision_feature_layer=-1,
+                                            vision_feature_select_strategy="default").pooler_output
+
+    def hear(self, mel, n_frames):
+        """Log-mel spectrograms (B, M, F) of n_frames (B,) real frames each to audio tokens (B, A, D), A = F / 4.
+
+        Whisper's own layers, on the real length instead of 30 s: frames past a clip's end are no keys for attention,
+        and a pair of frames is pooled only within a clip (n_frames is a multiple of 4), so that a clip's tokens do not
+        depend on its batch. Tokens past n_frames / 4 mean nothing.
+        """
+        encoder = self.audio_encoder
+        x = F.gelu(encoder.conv1(mel))  # (B, W, F)
+        x = F.gelu(encoder.conv2(x)).transpose(1, 2)  # (B, F / 2, W)
+        x = x + encoder.embed_positions.weight[: x.size(1)]
+        padded = torch.arange(x.size(1), device=x.device) >= n_frames[:, None] // 2  # (B, F / 2)
+        mask = torch.zeros(padded.shape, dtype=x.dtype, device=x.device).masked_fill(padded, torch.finfo(x.dtype).min)
+        for layer in encoder.layers:
+            x = layer(x, mask[:, None, None, :])  # (B, F / 2, W)
+        x = encoder.layer_norm(x)
+        x = x.unflatten(1, (-1, 2)).mean(2)  # (B, A, W): 25 tokens a second, as in Qwen2-Audio
+        return self.projector(x)  # (B, A, D)
+
+    def prefix(self, batch):
+        """Runs `<system><image>` once: (cache of keys and values, mask (B, P)), to be continued by `suffix`."""
+        ids, mask = batch["prefix"]["ids"], batch["prefix"]["mask"]  # (B, P)
+        x = self.lvlm.get_input_embeddings()(ids)  # (B, P, D)
+        if batch["pixels"] is not None:
+            slots = ids == self.lvlm.config.image_token_id  # (B, P)
+            seen = self.see(batch["pixels"]).flatten(0, 1)  # (image tokens in the batch, D)
+            assert slots.sum() == len(seen), f"{slots.sum()} image slots for {len(seen)} image tokens"
+            x = x.masked_scatter(slots[..., None], seen.to(x.dtype))
+        out = self.lvlm.model.language_model(inputs_embeds=x, attention_mask=mask, use_cache=True)
+        return out.past_key_values, mask
+
+    def suffix(self, prefix, suffix, heard=None):
+        """Continues the prefix with a question and what follows it: (hidden states (B, S, D), cache, mask (B, P + S)).
+
+        heard: audio tokens (B, A, D), which take the AUDIO_SLOTs of suffix["ids"] in order; None for text.
+        """
+        cache, seen = copy.copy(prefix[0]), prefix[1]
+        cache.layers = [copy.copy(layer) for layer in cache.layers]  # a cache grows in place: each branch its own
+        slots = suffix["ids"] == AUDIO_SLOT  # (B, S)
+        x = self.lvlm.get_input_embeddings()(suffix["ids"].masked_fill(slots, 0))  # (B, S, D)
+        if heard is not None:
+            real = torch.arange(heard.size(1), device=x.device) < slots.sum(1, keepdim=True)  # (B, A)
+            x = x.masked_scatter(slots[..., None], heard[real].to(x.dtype))
+        mask = torch.cat([seen, suffix["mask"]], dim=1)  # (B, P + S)
+        positions = seen.sum(1, keepdim=True) + suffix["positions"]  # (B, S): padding is no position
+        out = self.lvlm.model.language_model(inputs_embeds=x, attention_mask=mask, position_ids=positions,
+                                             past_key_values=cache, use_cache=True)
+        return out.last_hidden_state, cache, mask
+
+    def answer_logits(self, hidden, labels):
+        """Logits (N, V) at the positions that predict answer tokens, and those tokens (N,).
+
+        The position before a token predicts it, so an answer's first token is predicted by the prompt's last position.
+        """
+        targets = labels[:, 1:]  # (B, S - 1)
+        supervised = targets != IGNORE
+        return self.lvlm.lm_head(hidden[:, :-1][supervised]), targets[supervised]
+
+    def forward(self, batch, teach=False):
+        """The paired forward: (student logits (N, V), teacher logits (N, V) or None, labels (N,)).
+
+        The student hears the question if the batch holds speech and reads it otherwise; with `teach`, the same weights
+        read it as the teacher, without gradient (section 3.2). Both are scored on the very same answer tokens.
+        """
+        trains_lvlm = self.lvlm.lm_head.weight.requires_grad
+        with torch.set_grad_enabled(torch.is_grad_enabled() and trains_lvlm):
+            prefix = self.prefix(batch)
+        student = batch["text"] if batch["mel"] is None else batch["audio"]
+        heard = None if batch["mel"] is None else self.hear(batch["mel"], batch["n_frames"])
+        student_logits, labels = self.answer_logits(self.suffix(prefix, student, heard)[0], student["labels"])
+        if not teach:
+            return student_logits, None, labels
+        with torch.no_grad():
+            hidden = self.suffix(prefix, batch["text"])[0]
+            teacher_logits, read = self.answer_logits(hidden, batch["text"]["labels"])
+        assert torch.equal(read, labels), "student and teacher must be scored on the same answer tokens"
+        return student_logits, teacher_logits, labels
+
+    @torch.no_grad()
+    def generate(self, prefix, suffix, heard=None, max_new_tokens=48):
+        """Greedy answers as a list of strings; the suffix is padded on the left (`collate(answers=False)`)."""
+        stop, pad = self.tokenizer.convert_tokens_to_ids("<|im_end|>"), self.tokenizer.pad_token_id
+        rows = torch.zeros(len(suffix["ids"]), 0, dtype=torch.long, device=suffix["ids"].device)  # (B, new tokens)
+        done = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)  # (B,)
+        while rows.size(1) < max_new_tokens and not done.all():
+            hidden, cache, mask = self.suffix(prefix, suffix, heard)
+            token = self.lvlm.lm_head(hidden[:, -1]).argmax(-1)  # (B,)
+            token = token.masked_fill(done, pad)
+            done |= token == stop
+            rows = torch.cat([rows, token[:, None]], dim=1)
+            # The next suffix is this one token; what was said so far has become part of the prefix.
+            suffix = {"ids": token[:, None], "mask": torch.ones_like(token[:, None], dtype=torch.bool),
+                      "positions": torch.zeros_like(token[:, None])}
+            prefix, heard = (cache, mask), None
+        return [self.tokenizer.decode(row[row != pad], skip_special_tokens=True).strip() for row in rows]
+
+
+# ---- the built-in models -------------------------------------------------------------------------------------------
+
+
+def build_tokenizer():
+    """The built-in world's tokenizer: a word a token, with InternVL2's special tokens and chat prompt."""
+    words = ["<unk>", *SPECIAL_TOKENS, "\n", "system", "user", "assistant", *shapes.vocabulary()]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Lowercase(), normalizers.Replace("colour", "color")] + [normalizers.Replace(c, "") for c in "?.!,"])
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<|endoftext|>",
+                                   eos_token="<|im_end|>", additional_special_tokens=[*SPECIAL_TOKENS, "\n"],
+                                   clean_up_tokenization_spaces=False)
+
+
+def build_lvlm():
+    """The built-in world's LVLM with random weights: InternVL's and Qwen2's own classes, 1.4 M parameters."""
+    tokenizer = build_tokenizer()
+    vision = dict(hidden_size=96, num_hidden_layers=2, num_attention_heads=4, intermediate_size=384,
+                  image_size=[shapes.SIZE] * 2, patch_size=[16, 16], attention_bias=True, use_mean_pooling=True)
+    text = dict(model_type="qwen2", vocab_size=len(tokenizer), hidden_size=128, num_hidden_layers=5,
+                num_attention_heads=4, num_key_value_heads=4, intermediate_size=384, max_position_embeddings=2048,
+                # Not the usual 0.02: with it, a model this narrow does not learn to see.
+                initializer_range=0.08)
+    config = InternVLConfig(vision_config=vision, text_config=text, tie_word_embeddings=False,  # it ties by default
+                            image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"), image_seq_length=4)
+    settings = {"system": "", "image_size": shapes.SIZE, "tokens_per_tile": 4, "max_tiles": 1,
+                "instruction": shapes.INSTRUCTION}
+    return InternVLForConditionalGeneration(config), tokenizer, settings
+
+
+def build_audio_encoder():
+    """The built-in world's audio encoder with random weights: Whisper's own class, three layers, 40 mel bins."""
+    config = WhisperConfig(num_mel_bins=40, d_model=128, encoder_layers=3, encoder_attention_heads=4,
+                           encoder_ffn_dim=512, max_source_positions=1500)
+    return WhisperEncoder(config), WhisperFeatureExtractor(feature_size=40)
+
+
+# ---- runs on disk --------------------------------------------------------------------------------------------------
+
+
+def load_lvlm(path, dtype=torch.float32):
+    """InternVLForConditionalGeneration from a folder in transformers' native layout. No remote code, no pickle."""
+    return InternVLForConditionalGeneration.from_pretrained(path, dtype=dtype, use_safetensors=True)
+
+
+def fingerprint(folder):
+    """SHA-256 over the folder's configuration and weights: which base a run was trained on."""
+    digest = hashlib.sha256()
+    for path in sorted([Path(folder) / "config.json", *Path(folder).glob("*.safetensors")]):
+        digest.update(path.name.encode())
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def save_run(ollm, folder, training, base=None):
+    """Writes what a stage trained into a run folder: safetensors and JSON only, `ollm.json` last.
+
+    base      the run folder whose LVLM this one listens for; None: the LVLM itself was trained and is stored
+    training  a dict that tells how (stage, alpha, seed, ...), kept in ollm.json
+    Everything is written to a temporary folder first and renamed file by file. Raises BadInput if the disk is full.
+    """
+    folder = Path(folder)
+    partial = folder / ".saving"
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        about = {"settings": ollm.settings, "base": None, "training": training}
+        if base is None:
+            ollm.lvlm.save_pretrained(partial)
+            ollm.tokenizer.save_pretrained(partial)
+        else:
+            about |= {"base": os.path.relpath(base, folder), "base_fingerprint": fingerprint(base)}
+            state = {k: v.contiguous() for k, v in ollm.state_dict().items() if not k.startswith("lvlm.")}
+            save_file(state, partial / "model.safetensors", metadata={"format": "pt"})
+            ollm.audio_encoder.config.save_pretrained(partial)
+            ollm.mel_extractor.save_pretrained(partial)
+        (partial / "ollm.json").write_text(json.dumps(about, indent=1) + "\n")
+        for path in sorted(partial.iterdir(), key=lambda path: path.name == "ollm.json"):
+            os.replace(path, folder / path.name)
+    except (OSError, SafetensorError) as error:
+        raise BadInput(f"could not save the run to {folder}: {error}") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def about_run(folder):
+    """The dict in a finished run's ollm.json. Raises BadInput if there is none or it is broken."""
+    path = Path(folder) / "ollm.json"
+    try:
+        about = json.loads(path.read_text())
+        assert {"settings", "base", "training"} <= set(about)
+        return about
+    except FileNotFoundError:
+        raise BadInput(f"{folder}: not a finished run (it has no ollm.json)") from None
+    except (OSError, ValueError, AssertionError, TypeError) as error:
+        raise BadInput(f"{path}: broken: {error or 'keys are missing'}") from None
+
+
+def load_run(folder, dtype=torch.float32):
+    """The OLLM of a run folder: its own LVLM, or its base's with the audio encoder and projector stored here.
+
+    Raises BadInput if a file is missing or broken, the base is another than the one trained on, or shapes do not fit.
+    """
+    folder, about = Path(folder), about_run(folder)
+    base = folder if about["base"] is None else Path(os.path.normpath(folder / about["base"]))
+    try:
+        if base != folder and fingerprint(base) != about["base_fingerprint"]:
+            raise BadInput(f"{folder}: was trained on another base than the one that lies in {base} now")
+        lvlm, tokenizer = load_lvlm(base, dtype), AutoTokenizer.from_pretrained(base)
+        if base == folder:
+            return OLLM(lvlm, tokenizer, about["settings"])
+        encoder = WhisperEncoder(WhisperConfig.from_pretrained(folder))
+        ollm = OLLM(lvlm, tokenizer, about["settings"], encoder, WhisperFeatureExtractor.from_pretrained(folder))
+        missing, unknown = ollm.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise BadInput(f"{folder}: the run does not load: {' '.join(str(error).split())[:300]}") from None
+    missing = [key for key in missing if not key.startswith("lvlm.")]
+    if missing or unknown:
+        raise BadInput(f"{folder}/model.safetensors: lacks {missing[:3]}, has unknown {unknown[:3]}")
+    return ollm.to(dtype)

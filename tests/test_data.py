@@ -1,0 +1,197 @@
+"""The on-disk format: written the same from the same seed, restartable, read with clear errors, collated right."""
+
+import hashlib
+import json
+import random
+import shutil
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from conftest import build_ollm, run_script
+from PIL import Image
+
+import data
+import shapes
+from data import AUDIO_SLOT, IGNORE, BadInput
+
+SETTINGS = {"image_size": 64, "max_tiles": 1}
+
+
+def digest(folder):
+    """A hash over the names and bytes of all files of a folder."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def make(folder, seed=3, n=48):
+    return run_script("data.py", "shapes", "--seed", seed, "--out", folder, "--scenes", 12, "--clips", 40, "--n", n,
+                      "--test", 32, cwd=folder.parent)
+
+
+def test_same_seed_same_bytes_and_restart(world, tmp_path):
+    again = tmp_path / "again"
+    assert make(again).returncode == 0
+    assert digest(again) == digest(world)
+    # As if killed half-way: no list of samples yet, some files missing, a temporary one left.
+    (again / "audio-text/samples.jsonl").unlink()
+    (again / "audio-text/audio/000007.flac").unlink()
+    kept = (again / "audio-text/audio/000008.flac").stat().st_mtime_ns
+    assert make(again).returncode == 0
+    assert digest(again) == digest(world)
+    assert (again / "audio-text/audio/000008.flac").stat().st_mtime_ns == kept, "what exists is kept"
+
+
+def test_another_seed_is_another_world_and_may_not_mix(world, tmp_path):
+    other = tmp_path / "other"
+    assert make(other, seed=4).returncode == 0
+    assert digest(other)["test/samples.jsonl"] != digest(world)["test/samples.jsonl"]
+    mixed = make(other, seed=5)
+    assert mixed.returncode == 1 and "was made with" in mixed.stderr and "Traceback" not in mixed.stderr
+
+
+def test_scenes_and_voices_of_the_test_part_are_held_out(world):
+    rng = random.Random(0)
+    seen = {repr(shapes.draw_scene(rng, held_out=False)) for _ in range(3000)}
+    held = {repr(shapes.draw_scene(rng, held_out=True)) for _ in range(3000)}
+    assert not seen & held
+    voices = {part: {row["voice"] for row in data.read_samples(world / part)} for part in ("audio-text", "test")}
+    assert not voices["audio-text"] & voices["test"] and len(voices["test"]) > 3
+
+
+def test_label_noise_spoils_about_its_share_and_only_of_training(world):
+    rng, kinds = random.Random(0), shapes.KINDS
+    for noise in (0.0, 0.25, 1.0):
+        rows = [shapes.draw_question(rng, shapes.draw_scene(rng, False), kinds, noise) for _ in range(1500)]
+        wrong = sum(row["label"] not in row["answer"] for row in rows) / len(rows)
+        assert abs(wrong - noise) < 0.04, (noise, wrong)
+    assert all(row["label"] in row["answer"] for row in data.read_samples(world / "test"))
+
+
+def test_every_word_is_known_and_every_label_is_in_its_class():
+    ollm, rng = build_ollm(torch.float32), random.Random(0)
+    for _ in range(500):
+        row = shapes.draw_question(rng, shapes.draw_scene(rng, False), shapes.KINDS + shapes.ALIGN_KINDS)
+        ids = ollm.tokenizer([row["question"], row["answer"]]).input_ids
+        assert ollm.tokenizer.unk_token_id not in sum(ids, [])
+        assert row["label"] in shapes.CLASSES.get(row["kind"], (row["label"],))
+
+
+def test_speech_is_audible_finite_and_of_a_plausible_length():
+    wave, rate = data.speak("what color is the circle")
+    assert rate == 16_000 and wave.dtype == np.float32 and 0.6 < len(wave) / rate < 3
+    assert np.isfinite(wave).all() and 0.05 < np.abs(wave).max() <= 1
+    data.speak("is there a red star", data.HELD_OUT_VOICES[0])
+    assert np.array_equal(data.speak("what color is the circle")[0], wave), "speech does not depend on what was said before"
+    slow = data.speak("what color is the circle", words_per_minute=100)[0]
+    assert len(slow) > 1.3 * len(wave)
+
+
+@pytest.mark.parametrize("rate, suffix, channels", [(8_000, "wav", 1), (44_100, "flac", 2), (48_000, "ogg", 1)])
+def test_audio_of_any_rate_and_format_is_brought_to_16_khz_mono(tmp_path, rate, suffix, channels):
+    seconds = np.arange(rate) / rate
+    tone = np.repeat(0.5 * np.sin(2 * np.pi * 440 * seconds)[:, None], channels, axis=1)
+    soundfile.write(tmp_path / f"a.{suffix}", tone, rate)
+    wave = data.load_audio(tmp_path / f"a.{suffix}")
+    assert abs(len(wave) - 16_000) < 100
+    spectrum = np.abs(np.fft.rfft(wave))
+    assert abs(spectrum.argmax() * 16_000 / len(wave) - 440) < 3
+
+
+def test_tiles():
+    image = Image.new("RGB", (896, 448))
+    assert [t.size for t in data.tile(image, 6)] == [(448, 448)] * 3, "2 x 1 and a thumbnail"
+    assert len(data.tile(image, 1)) == 1 and len(data.tile(image, 6, thumbnail=False)) == 2
+    values = data.pixels([Image.new("RGB", (4, 4), (255, 0, 0))])
+    torch.testing.assert_close(values[0, :, 0, 0], torch.tensor([(1 - 0.485) / 0.229, -0.456 / 0.224, -0.406 / 0.225]))
+
+
+@pytest.fixture
+def folder(world, tmp_path):
+    """A copy of a prepared part that a test may spoil."""
+    return shutil.copytree(world / "vision-audio", tmp_path / "part")
+
+
+def test_collate_puts_both_questions_into_one_slot(world):
+    ollm = build_ollm(torch.float32)
+    samples = data.Samples(world / "vision-audio", ollm.settings)
+    rows = [samples[i] for i in range(8)]
+    batch = data.collate(rows, ollm.tokenizer, ollm.mel_extractor, ollm.settings)
+    assert batch["prefix"]["ids"].eq(ollm.lvlm.config.image_token_id).sum(1).tolist() == [4] * 8
+    for b, row in enumerate(rows):
+        text, audio = batch["text"], batch["audio"]
+        written = text["ids"][b][text["mask"][b]]
+        decoded = ollm.tokenizer.decode(written)
+        assert row["question"] in decoded and decoded.endswith(row["answer"] + " <|im_end|>")
+        assert (audio["ids"][b] == AUDIO_SLOT).sum() == data.audio_tokens(row["wave"]) == batch["n_frames"][b] / 4
+        supervised = [s["labels"][b][s["labels"][b] != IGNORE] for s in (text, audio)]
+        assert torch.equal(*supervised)
+        assert ollm.tokenizer.decode(supervised[0]) == row["answer"] + " <|im_end|>"
+
+
+def test_stretched_positions_keep_their_order_and_leave_the_answer_whole():
+    rng = random.Random(0)
+    spread = [data.stretched(6, 10, rng) for _ in range(300)]
+    assert all(a < b for row in spread for a, b in zip(row, row[1:])) and all(len(row) == 10 for row in spread)
+    assert all(row[6:] == list(range(row[6], row[6] + 4)) for row in spread)
+    plain = sum(row == list(range(10)) for row in spread) / 300
+    assert 0.2 < plain < 0.42 and max(row[6] for row in spread) > 80
+    assert data.stretched(6, 10, None) == list(range(10))
+
+
+@pytest.mark.parametrize("line, message", [
+    ('{"id": "x", "answer": "red"', "not JSON"),
+    ('["red"]', "JSON object, not list"),
+    ('{"id": "x", "question": "what", "answer": 3}', "'answer' must be a string"),
+    ('{"id": "x", "question": " ", "answer": "red"}', "question is empty"),
+    ('{"id": "x", "question": "what", "answer": ""}', "answer is missing or empty"),
+    ('{"id": "x", "answer": "red"}', "neither question nor audio"),
+    ('{"id": "x", "question": "what", "answer": "red", "image": "../../secret.png"}', "inside the folder"),
+    ('{"id": "x", "question": "what", "answer": "red", "image": "/etc/secret.png"}', "inside the folder"),
+    ("", "not JSON"),
+])
+def test_a_wrong_line_is_named(folder, line, message):
+    lines = (folder / "samples.jsonl").read_text().splitlines()
+    (folder / "samples.jsonl").write_text("\n".join([*lines[:4], line, *lines[4:]]) + "\n")
+    with pytest.raises(BadInput, match=message) as error:
+        data.Samples(folder, SETTINGS)
+    assert "samples.jsonl:5:" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("spoil", [
+    lambda f: (f / "images/000002.png").unlink(),
+    lambda f: (f / "images/000002.png").write_bytes((f / "images/000002.png").read_bytes()[:100]),
+    lambda f: (f / "images/000002.png").write_bytes(b"not a picture"),
+    lambda f: (f / "audio/000002.flac").unlink(),
+    lambda f: (f / "audio/000002.flac").write_bytes(b""),
+    lambda f: (f / "audio/000002.flac").write_bytes(b"not a sound"),
+    lambda f: soundfile.write(f / "audio/000002.flac", np.zeros(0), 16_000),
+    lambda f: soundfile.write(f / "audio/000002.flac", np.zeros(31 * 16_000), 16_000),
+    lambda f: soundfile.write(f / "audio/000002.flac", np.full(9_000, np.nan), 16_000, format="WAV", subtype="FLOAT"),
+])
+def test_a_broken_file_is_named_with_its_line(folder, spoil):
+    spoil(folder)
+    samples = data.Samples(folder, SETTINGS)
+    samples[1]
+    with pytest.raises(BadInput) as error:
+        samples[2]
+    assert "samples.jsonl:3:" in str(error.value) and "000002" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_unwritable_place_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    made = run_script("data.py", "shapes", "--out", tmp_path / "file" / "world", cwd=tmp_path)
+    assert made.returncode == 1 and made.stderr.startswith("error: ") and made.stderr.count("\n") == 1
+
+
+def test_unknown_values_are_refused(tmp_path):
+    for arguments in (["shapes", "--label-noise", "2"], ["shapes", "--parts", "none"], ["speak", ""],
+                      ["speak", "red", "--voice", "martian"], ["tea"]):
+        made = run_script("data.py", *arguments, cwd=tmp_path)
+        assert made.returncode != 0 and "Traceback" not in made.stderr and made.stderr.strip(), arguments
+    assert not list(tmp_path.iterdir()), "nothing half-made is left"
+
+
+def test_settings_note_is_json(world):
+    assert json.loads((world / "vision-audio/settings.json").read_text())["label_noise"] == 0.25

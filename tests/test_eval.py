@@ -1,0 +1,72 @@
+"""What counts as right: the tricks that fool a scorer score nothing."""
+
+import random
+import statistics
+
+import pytest
+
+import shapes
+from eval import paired_bootstrap, score_answer
+
+
+@pytest.fixture(scope="module")
+def rows():
+    rng = random.Random(0)
+    drawn = (shapes.draw_question(rng, shapes.draw_scene(rng, True), shapes.KINDS + shapes.ALIGN_KINDS)
+             for _ in range(1200))
+    return list(drawn)
+
+
+def mean(rows, answer, kinds=shapes.KINDS + shapes.ALIGN_KINDS):
+    return statistics.fmean(score_answer(row, answer(row)) for row in rows if row["kind"] in kinds)
+
+
+def test_every_wording_of_the_right_answer_is_right(rows):
+    assert mean(rows, lambda row: row["answer"]) == 1
+
+
+def test_listing_everything_scores_nothing(rows):
+    everything = " ".join([*shapes.COLORS, *shapes.SHAPES, *shapes.NUMBERS, *shapes.PLACES, "yes no"])
+    pairs = " and ".join(f"a {c} {s}" for c in shapes.COLORS for s in shapes.SHAPES)
+    assert mean(rows, lambda row: f"{everything} {pairs} {row.get('false', '')} {row['label']}") == 0
+
+
+def test_echo_and_silence_score_nothing(rows):
+    assert mean(rows, lambda row: row["question"]) == 0 and mean(rows, lambda row: "") == 0
+
+
+def test_an_answer_after_an_echo_still_counts(rows):
+    assert mean(rows, lambda row: f"{row['question']} {row['answer']}") == 1
+
+
+def test_always_yes_scores_the_base_rate(rows):
+    asked = [row for row in rows if row["kind"] == "existence"]
+    truth = statistics.fmean(row["label"] == "yes" for row in asked)
+    assert mean(rows, lambda row: "yes", ["existence"]) == truth and 0.4 < truth < 0.6
+    assert mean(rows, lambda row: "yes", [k for k in shapes.KINDS if k != "existence"]) == 0
+
+
+def test_descriptions_count_by_f1():
+    row = {"kind": "description", "question": "what do you see", "label": "a red circle and a blue star"}
+    assert score_answer(row, "i see a red circle") == pytest.approx(2 * 1 / 3)
+    assert score_answer(row, "a blue star and a red circle") == 1
+    assert score_answer(row, "a blue circle and a red star") == 0
+
+
+def test_mmalign_wants_the_true_sentence_and_not_the_false_one():
+    row = {"kind": "relation", "question": "which is right a star above a circle or a circle above a star",
+           "label": "a star above a circle", "false": "a circle above a star"}
+    assert score_answer(row, "it is a star above a circle") == 1
+    assert score_answer(row, "a circle above a star") == 0
+    assert score_answer(row, "a star above a circle or a circle above a star") == 0
+
+
+def test_bootstrap_interval_covers_the_true_difference():
+    rng, covered = random.Random(0), 0
+    for trial in range(100):
+        a = [float(rng.random() < 0.5) for _ in range(200)]
+        b = [float(rng.random() < 0.6) for _ in range(200)]
+        _, low, high = paired_bootstrap(a, b, draws=400, seed=trial)
+        covered += low <= 10 <= high
+    assert covered >= 88
+    assert paired_bootstrap([1.0, 0.0], [1.0, 0.0]) == (0, 0, 0)

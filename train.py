@@ -1,0 +1,294 @@
+"""Train an LVLM to listen, by the paper's four steps: one loop, three stages (the first two of its steps are one here).
+
+    torchrun train.py --alpha 0.75                         # the built-in world, from nothing to a Self-KD run
+    torchrun train.py --alpha 0                            # the same start, conventional SFT
+    torchrun --nproc_per_node 2 train.py --alpha 0.75      # the same steps on two processes
+    python train.py --stage audio-text --max-steps 20      # one stage, a few steps, without torchrun
+
+| --stage      | input -> target                     | trained                     |
+| vision-text  | image + written question -> answer  | the LVLM (built-in world only; real ones come trained) |
+| audio-text   | speech -> transcript                | audio encoder and projector |
+| vision-audio | image + spoken question -> answer   | audio encoder and projector, alpha * KL + (1 - alpha) * CE |
+
+A stage starts from what the one before it left in its default folder; what is missing is made first. One epoch, AdamW,
+cosine. Runs go to runs/<preset>/<stage>-s<seed>, and the last stage's to runs/<preset>/vision-audio-a<alpha>-s<seed>.
+
+Letters in shape comments: N answer tokens in the batch, V vocabulary.
+"""
+
+import argparse
+import contextlib
+import functools
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import data
+import model
+from data import IGNORE, BadInput
+from loss import self_kd_loss
+
+STAGES = ("vision-text", "audio-text", "vision-audio")
+PRESETS = {  # by stage: peak learning rate, samples a step over all processes, samples a forward pass
+    "shapes": {
+        "vision-text": {"lr": 1e-3, "global_batch": 64, "micro_batch": 32},
+        "audio-text": {"lr": 1e-3, "global_batch": 48, "micro_batch": 24},
+        "vision-audio": {"lr": 5e-4, "global_batch": 64, "micro_batch": 32},
+    },
+}
+WARMUP = 0.03  # share of the steps
+CLIP = 1.0  # largest norm of a gradient
+
+
+def learning_rate(step, steps, peak):
+    """Cosine from `peak` to 0 over `steps`, after a short linear warmup."""
+    warmup = max(1, round(WARMUP * steps))
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def epoch_order(rows, seed):
+    """The order in which an epoch visits the samples: one seeded permutation, lines of an earlier "phase" first.
+
+    Only the built-in `vision-text` data has phases: descriptions (the paper's step 1), then all questions (step 2).
+    """
+    order = list(range(len(rows)))
+    random.Random(seed).shuffle(order)
+    return sorted(order, key=lambda i: rows[i].get("phase", 0))
+
+
+def deal(order, step, global_batch, micro_batch, length, rank, world):
+    """This rank's micro-batches in a step, [[(index, weight), ...], ...], as many on every rank.
+
+    Step k takes entries k * G to (k + 1) * G of the order, whatever the number of processes; only within them like
+    lengths come together. A rank for which nothing is left repeats a sample with weight 0.
+    """
+    batch = sorted(order[step * global_batch: (step + 1) * global_batch], key=length)
+    count = math.ceil(len(batch) / micro_batch / world) * world  # micro-batches over all ranks
+    cuts = [round(i * len(batch) / count) for i in range(count + 1)]
+    chunks = [[(i, 1) for i in batch[a:b]] or [(batch[0], 0)] for a, b in zip(cuts, cuts[1:])]
+    return chunks[rank::world]
+
+
+class Steps(torch.utils.data.Dataset):
+    """The epoch as an indexable list of steps, each a list of this rank's collated micro-batches."""
+
+    def __init__(self, samples, collate, deal, steps):
+        self.samples, self.collate, self.deal, self.steps = samples, collate, deal, steps
+
+    def __len__(self):
+        return self.steps
+
+    def __getitem__(self, step):
+        micro_batches = []
+        for chunk in self.deal(step=step):
+            batch = self.collate([self.samples[i] for i, _ in chunk])
+            if chunk[0][1] == 0:  # an idle rank's stand-in is not learnt from
+                for suffix in (batch["text"], batch["audio"]):
+                    suffix and suffix["labels"].fill_(IGNORE)
+            micro_batches.append((batch, [self.samples.rows[i]["id"] for i, _ in chunk]))
+        return micro_batches
+
+
+def to(batch, device):
+    """The batch with all its tensors on the device."""
+    if isinstance(batch, dict):
+        return {key: to(value, device) for key, value in batch.items()}
+    return batch.to(device, non_blocking=True) if isinstance(batch, torch.Tensor) else batch
+
+
+def total(value, device):
+    """The sum of a float over all processes."""
+    if not dist.is_initialized():
+        return value
+    value = torch.tensor(value, dtype=torch.float64 if device.type != "mps" else torch.float32, device=device)
+    dist.all_reduce(value)
+    return value.item()
+
+
+def labels_of(batch):
+    """The labels that are learnt from: those behind the spoken question, if there is one."""
+    return (batch["text"] if batch["mel"] is None else batch["audio"])["labels"]
+
+
+def train_step(ollm, micro_batches, alpha, temperature, device, world):
+    """Forward and backward over this rank's micro-batches; returns the global batch's (loss, kl, ce).
+
+    Every answer token of the global batch counts alike: local sums are divided by the global count, and multiplied by
+    the number of processes because DistributedDataParallel averages gradients over them.
+    """
+    n_tokens = total(float(sum((labels_of(batch) != IGNORE).sum() for batch, _ in micro_batches)), device)
+    sums = [0.0, 0.0, 0.0]
+    for i, (batch, _) in enumerate(micro_batches):
+        last = i == len(micro_batches) - 1  # gradients are averaged over the processes once a step
+        with contextlib.nullcontext() if last or world == 1 else ollm.no_sync():
+            student, teacher, labels = ollm(to(batch, device), teach=alpha > 0)  # (N, V), (N, V), (N,)
+            terms = self_kd_loss(student, teacher, labels, alpha, temperature, n_tokens)
+            (terms[0] * world).backward()
+        sums = [s + term.item() for s, term in zip(sums, terms)]
+    return [total(s, device) for s in sums]
+
+
+def set_up_processes(device):
+    """(rank, world, device): torchrun's environment, or a single process."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if world > 1:
+        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    return rank, world, torch.device(device)
+
+
+def run_folder(preset, stage, alpha, seed):
+    """Where a stage's run lies by default."""
+    return Path("runs") / preset / (f"{stage}-a{alpha:g}-s{seed}" if stage == "vision-audio" else f"{stage}-s{seed}")
+
+
+def start_model(stage, init, seed, dtype):
+    """(the model a stage begins with, frozen but for what the stage trains; the run folder of its LVLM, or None)."""
+    torch.manual_seed(seed)
+    if stage == "vision-text":
+        ollm, base = model.OLLM(*model.build_lvlm()), None
+    else:
+        ollm, about = model.load_run(init, dtype), model.about_run(init)
+        base = init if about["base"] is None else Path(os.path.normpath(Path(init) / about["base"]))
+        if stage == "audio-text" and ollm.audio_encoder is None:
+            ollm = model.OLLM(ollm.lvlm, ollm.tokenizer, ollm.settings, *model.build_audio_encoder())
+        if ollm.audio_encoder is None:
+            raise BadInput(f"{init}: has no audio encoder; the stage vision-audio starts from an audio-text run")
+    ollm.train_only(stage)
+    return ollm.to(dtype), base
+
+
+def train_stage(args, stage, alpha, init, data_folder, out, lr, global_batch, micro_batch, max_steps, processes):
+    """One stage, one epoch: reads `data_folder`, starts from the run `init`, leaves a run in `out`."""
+    rank, world, device = processes
+    dtype = torch.float64 if args.float64 else torch.float32
+    ollm, base = start_model(stage, init, args.seed, dtype)
+    samples = data.Samples(data_folder, ollm.settings, speech=stage != "vision-text")
+    collate = functools.partial(data.collate, tokenizer=ollm.tokenizer, mel_extractor=ollm.mel_extractor,
+                                settings=ollm.settings, stretch_seed=args.seed if stage == "vision-text" else None)
+    steps = math.ceil(len(samples) / global_batch)
+    n_steps = min(steps, max_steps or steps)
+    dealt = functools.partial(deal, epoch_order(samples.rows, args.seed), global_batch=global_batch,
+                              micro_batch=micro_batch, length=samples.length, rank=rank, world=world)
+    loader = torch.utils.data.DataLoader(Steps(samples, collate, dealt, n_steps), batch_size=None)
+    trained = [p for p in ollm.to(device).parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+    # Text-only micro-batches leave the vision encoder without gradient, which DDP must be told.
+    wrapped = DistributedDataParallel(ollm, find_unused_parameters=stage == "vision-text") if world > 1 else ollm
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        print(f"{stage}: {len(samples)} samples of {data_folder}, {n_steps} steps of {global_batch} on {world} x {device}"
+              f" ({dtype}), lr {lr:g}, {sum(p.numel() for p in trained):,} parameters trained")
+    started, log = time.time(), open(out / "log.jsonl", "w") if rank == 0 else None
+    bar = tqdm(loader, desc=stage, unit="step", disable=rank > 0, mininterval=1)
+    for step, micro_batches in enumerate(bar):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, lr)
+        loss, kl, ce = train_step(wrapped, micro_batches, alpha, args.temperature, device, world)
+        norm = torch.nn.utils.clip_grad_norm_(trained, CLIP).item()
+        if not math.isfinite(loss + norm):
+            raise BadInput(f"step {step}: loss {loss}, gradient norm {norm}; stopped before the weights were touched. "
+                           f"Samples: {[i for _, ids in micro_batches for i in ids]}")
+        optimizer.step()
+        optimizer.zero_grad()
+        if rank == 0:
+            speed = (step + 1) * global_batch / (time.time() - started)
+            line = {"step": step, "loss": loss, "kl": kl, "ce": ce, "lr": group["lr"], "grad_norm": norm}
+            log.write(json.dumps({**line, "time": {"samples_per_s": speed}}) + "\n")
+            bar.set_postfix_str(f"loss {loss:.3f} kl {kl:.3f} ce {ce:.3f} lr {group['lr']:.1e} |g| {norm:.2f} "
+                                f"{speed:.0f} samples/s", refresh=False)
+    if rank == 0:
+        log.close()
+        training = {"stage": stage, "alpha": alpha, "temperature": args.temperature, "seed": args.seed, "lr": lr,
+                    "global_batch": global_batch, "steps": n_steps, "data": str(data_folder), "init": str(init)}
+        model.save_run(ollm, out, training, base)
+        print(f"{stage}: finished in {time.time() - started:.0f} s, the run lies in {out}")
+    if world > 1:
+        dist.barrier()
+
+
+def parse_arguments():
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=PRESETS, default="shapes", help="which models, data and settings")
+    parser.add_argument("--stage", choices=STAGES, default="vision-audio", help="what to train; what it needs is made")
+    parser.add_argument("--alpha", type=float, default=0.75, help="weight of the KL; 0 is SFT, 1 is distillation alone")
+    parser.add_argument("--temperature", type=float, default=1.0, help="of both distributions in the KL")
+    parser.add_argument("--data", help="prepared folder of the stage (default: the built-in world's)")
+    parser.add_argument("--init", help="run folder the stage starts from (default: that of the stage before it)")
+    parser.add_argument("--out", help="run folder that the stage leaves")
+    parser.add_argument("--seed", type=int, default=0, help="of the start, the order and the built-in data")
+    parser.add_argument("--max-steps", type=int, help="stop early; the cosine keeps its full length")
+    parser.add_argument("--global-batch", type=int, help="samples a step, over all processes")
+    parser.add_argument("--micro-batch", type=int, help="samples a forward pass; the rest is accumulated")
+    parser.add_argument("--lr", type=float, help="peak learning rate")
+    parser.add_argument("--device", choices=["cpu", "cuda", "mps"], help="default: the best there is")
+    parser.add_argument("--float64", action="store_true", help="double precision, to compare runs exactly")
+    args = parser.parse_args()
+    if not 0 <= args.alpha <= 1:
+        parser.error(f"--alpha is a weight between 0 and 1, not {args.alpha}")
+    if args.temperature <= 0:
+        parser.error(f"--temperature must be above 0, not {args.temperature}")
+    for name in ("max_steps", "global_batch", "micro_batch"):
+        if (getattr(args, name) or 1) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    return args
+
+
+def main():
+    """The asked stage, after whatever it needs and does not find."""
+    args = parse_arguments()
+    processes = set_up_processes(args.device)
+    rank, world, _ = processes
+    say = print if rank == 0 else lambda *_: None
+    say("This is the built-in world: drawn pictures and synthetic speech, tiny models.")
+    world_folder = Path(f"runs/{args.preset}/data-s{args.seed}")
+    before = None
+    for stage in STAGES[: STAGES.index(args.stage) + 1]:
+        asked = stage == args.stage
+        out = Path(asked and args.out or run_folder(args.preset, stage, args.alpha, args.seed))
+        init = asked and args.init or before
+        before = out
+        if not asked and (args.init or (out / "ollm.json").exists()):
+            continue
+        if asked and (out / "ollm.json").exists():
+            say(f"{stage}: finished already, the run lies in {out} (delete it to train it again)")
+            break
+        folder = Path(asked and args.data or world_folder / stage)
+        if not (asked and args.data) and not (folder / "samples.jsonl").exists() and rank == 0:
+            command = [sys.executable, str(Path(__file__).with_name("data.py")), "shapes", "--seed", str(args.seed)]
+            say(f"{folder} is missing; running: python data.py shapes --seed {args.seed}")
+            if subprocess.run(command).returncode:
+                raise BadInput("the built-in world could not be made (see above)")
+        if world > 1:
+            dist.barrier()
+        chosen = dict(PRESETS[args.preset][stage])
+        for name in chosen:
+            if asked and getattr(args, name):
+                chosen[name] = getattr(args, name)
+        alpha = args.alpha if stage == "vision-audio" else 0.0
+        train_stage(args, stage, alpha, init, folder, out, **chosen, max_steps=asked and args.max_steps,
+                    processes=processes)
+    say(f"\nThe result lies in {out}. To look at it:\n    python eval.py                # every run so far, side by side")
+    if world > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    with data.readable_errors():
+        main()
