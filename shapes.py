@@ -24,6 +24,7 @@ PLACES = ("top left", "top right", "bottom left", "bottom right")  # the cells o
 NUMBERS = ("zero", "one", "two", "three", "four")
 KINDS = ("color", "shape", "count", "existence", "place", "description")
 ALIGN_KINDS = ("relation", "attribute")
+LIST_KINDS = ("by shape", "by color")  # asked only while a base learns to see: find things by what they look like
 CLASSES = {"color": tuple(COLORS), "shape": SHAPES, "count": NUMBERS, "existence": ("yes", "no"), "place": PLACES}
 INSTRUCTION = "say it again"  # follows what is to be repeated (text) or transcribed (speech)
 SIZE = 64  # pixels, both ways
@@ -35,7 +36,8 @@ QUESTIONS = {
     "existence": ("is there a {x}", "do you see a {x}", "does the picture show a {x}"),
     "place": ("where is the {x}", "in which corner is the {x}", "tell me where the {x} is"),
     "description": ("describe the picture", "what do you see", "tell me what the picture shows"),
-    "layout": ("what is where",),
+    "by shape": ("list the shapes",),
+    "by color": ("list the colors",),
     "relation": ("which is right {a} or {b}", "what do you see {a} or {b}"),
     "attribute": ("which is right {a} or {b}", "what do you see {a} or {b}"),
 }
@@ -46,7 +48,8 @@ ANSWERS = {
     "existence": ("{y}", "{y} there is", "{y} i do"),
     "place": ("{y}", "it is at the {y}", "the {x} is at the {y}"),
     "description": ("{y}", "i see {y}", "the picture shows {y}"),
-    "layout": ("{y}",),
+    "by shape": ("{y}",),
+    "by color": ("{y}",),
     "relation": ("{y}", "it is {y}", "i see {y}"),
     "attribute": ("{y}", "it is {y}", "i see {y}"),
 }
@@ -122,8 +125,12 @@ def ask(rng, scene, kind):
         x, y = " ".join(thing), PLACES[cell]
     elif kind == "description":
         x, y = "", describe(scene)
-    elif kind == "layout":  # asked only while a base learns to see
-        x, y = "", " and ".join(f"{PLACES[cell]} a {color} {shape}" for cell, (color, shape) in scene.items())
+    elif kind in LIST_KINDS:
+        words = [(color, shape, PLACES[cell]) for cell, (color, shape) in scene.items()]
+        if kind == "by shape":
+            words = [(shape, color, place) for color, shape, place in words]
+        order = list(COLORS) if kind == "by color" else SHAPES
+        x, y = "", " and ".join(" ".join(w) for w in sorted(words, key=lambda w: order.index(w[0])))
     else:
         pair = align_sentences(rng, scene, kind)
         if pair is None:
@@ -194,7 +201,7 @@ def draw_sentence(rng):
 def vocabulary():
     """All words of the built-in world, sorted."""
     sentences = [s for wordings in (*QUESTIONS.values(), *ANSWERS.values(), NO_ANSWERS) for s in wordings]
-    sentences += [INSTRUCTION, *COLORS, *SHAPES, *(f"{s}s" for s in SHAPES), *PLACES, *NUMBERS, "things a and"]
+    sentences += [INSTRUCTION, *COLORS, *SHAPES, *(f"{s}s" for s in SHAPES), *PLACES, *NUMBERS, "things colors shapes a and list"]
     sentences += ["left of", "right of", "above below", "yes no"]
     return sorted({word for s in sentences for word in s.split() if "{" not in word})
 

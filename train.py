@@ -41,7 +41,7 @@ from loss import self_kd_loss
 STAGES = ("vision-text", "audio-text", "vision-audio")
 PRESETS = {  # by stage: peak learning rate, samples a step over all processes, samples a forward pass
     "shapes": {
-        "vision-text": {"lr": 1e-3, "global_batch": 64, "micro_batch": 32},
+        "vision-text": {"lr": 1.5e-3, "global_batch": 48, "micro_batch": 24},
         "audio-text": {"lr": 1e-3, "global_batch": 48, "micro_batch": 24},
         "vision-audio": {"lr": 5e-4, "global_batch": 64, "micro_batch": 32},
     },
@@ -173,18 +173,22 @@ def start_model(stage, init, seed, dtype):
     return ollm.to(dtype), base
 
 
-def train_stage(args, stage, alpha, init, data_folder, out, lr, global_batch, micro_batch, max_steps, processes):
-    """One stage, one epoch: reads `data_folder`, starts from the run `init`, leaves a run in `out`."""
+def train_stage(args, stage, init, data_folder, out, chosen, processes):
+    """One stage, one epoch: reads `data_folder`, starts from the run `init`, leaves a run in `out`.
+
+    chosen: {"lr", "global_batch", "micro_batch", "max_steps"}; processes: (rank, world, device)
+    """
     rank, world, device = processes
+    lr, global_batch, alpha = chosen["lr"], chosen["global_batch"], args.alpha if stage == "vision-audio" else 0.0
     dtype = torch.float64 if args.float64 else torch.float32
     ollm, base = start_model(stage, init, args.seed, dtype)
     samples = data.Samples(data_folder, ollm.settings, speech=stage != "vision-text")
     collate = functools.partial(data.collate, tokenizer=ollm.tokenizer, mel_extractor=ollm.mel_extractor,
                                 settings=ollm.settings, stretch_seed=args.seed if stage == "vision-text" else None)
     steps = math.ceil(len(samples) / global_batch)
-    n_steps = min(steps, max_steps or steps)
+    n_steps = min(steps, chosen["max_steps"] or steps)
     dealt = functools.partial(deal, epoch_order(samples.rows, args.seed), global_batch=global_batch,
-                              micro_batch=micro_batch, length=samples.length, rank=rank, world=world)
+                              micro_batch=chosen["micro_batch"], length=samples.length, rank=rank, world=world)
     loader = torch.utils.data.DataLoader(Steps(samples, collate, dealt, n_steps), batch_size=None)
     trained = [p for p in ollm.to(device).parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
@@ -277,13 +281,10 @@ def main():
                 raise BadInput("the built-in world could not be made (see above)")
         if world > 1:
             dist.barrier()
-        chosen = dict(PRESETS[args.preset][stage])
-        for name in chosen:
-            if asked and getattr(args, name):
-                chosen[name] = getattr(args, name)
-        alpha = args.alpha if stage == "vision-audio" else 0.0
-        train_stage(args, stage, alpha, init, folder, out, **chosen, max_steps=asked and args.max_steps,
-                    processes=processes)
+        chosen = {"max_steps": None, **PRESETS[args.preset][stage]}
+        if asked:
+            chosen |= {name: getattr(args, name) for name in chosen if getattr(args, name) is not None}
+        train_stage(args, stage, init, folder, out, chosen, processes)
     say(f"\nThe result lies in {out}. To look at it:\n    python eval.py                # every run so far, side by side")
     if world > 1:
         dist.destroy_process_group()
