@@ -374,7 +374,7 @@ def make_scene(task):
             sentence = shapes.draw_sentence(rng)
             line = {"id": f"{i:06}-{j}", "phase": 1, "question": f"{sentence} {shapes.INSTRUCTION}", "answer": sentence}
         else:
-            line |= shapes.draw_question(rng, scene, 3 * shapes.KINDS + shapes.ALIGN_KINDS)
+            line |= shapes.draw_question(rng, scene, shapes.BASE_KINDS)
         lines.append(line)
     return lines
 
@@ -409,7 +409,7 @@ def save_png(path, image):
 
 def save_speech(folder, i, rng, text, voices):
     """Speaks `text` with a voice, rate and pitch drawn from rng into folder/audio, unless it is there."""
-    voice, words_per_minute, pitch = rng.choice(voices), rng.randint(170, 250), rng.randint(30, 70)
+    voice, words_per_minute, pitch = rng.choice(voices), rng.randint(190, 280), rng.randint(30, 70)
     path = folder / f"audio/{i:06}.flac"
     if not path.exists():
         wave, rate = speak(text, voice, words_per_minute, pitch)

@@ -147,7 +147,7 @@ def check_words(tokenizer, text):
 def run_name(about):
     """What a run is called in a table, the same for all seeds."""
     stage, alpha = about["training"]["stage"], about["training"]["alpha"]
-    return {"vision-text": "base", "audio-text": "aligned"}.get(stage, f"SFT" if alpha == 0 else f"KD {alpha:g}")
+    return {"vision-text": "base", "audio-text": "aligned"}.get(stage, "SFT" if alpha == 0 else f"KD {alpha:g}")
 
 
 def mean_scores(rows, form, kinds):
@@ -156,57 +156,58 @@ def mean_scores(rows, form, kinds):
     return {kind: 100 * statistics.fmean(scores) for kind, scores in by_kind.items() if scores}
 
 
-def summary(rows, kinds):
-    """{measure: percent} of one run: text and audio by kind and on average, yes ratios, exact transcripts."""
-    forms = ["text"] + ["audio"] * (rows[0]["audio"] is not None)
+def summary(rows, kinds, average):
+    """One run's percentages, {"text": {line: value}, "audio": {line: value}}; lines are kinds, their mean, and so on."""
     measures = {}
-    for form in forms:
+    for form in ("text", "audio"):
+        if rows[0][form] is None:
+            continue
         scores = mean_scores(rows, form, kinds)
-        measures |= {f"{form} {kind}": score for kind, score in scores.items()}
-        measures[f"{form} mean"] = statistics.fmean(scores.values())
+        measures[form] = {**scores, average: statistics.fmean(scores.values())}
         asked = [row[form].split()[:1] for row in rows if row["kind"] == "existence"]
         if asked:
-            measures[f"{form} yes"] = 100 * asked.count(["yes"]) / len(asked)
+            measures[form]["yes ratio"] = 100 * asked.count(["yes"]) / len(asked)
     if rows[0]["transcript"] is not None:
-        measures["transcripts"] = 100 * statistics.fmean(row["transcript"] == row["question"] for row in rows)
+        exact = 100 * statistics.fmean(row["transcript"] == row["question"] for row in rows)
+        measures["audio"]["transcripts exact"] = exact
     return measures
+
+
+def table_columns(groups):
+    """{column name: [{line: value} of each seed]} from {run name: [summary of each seed]}.
+
+    Runs on one base give the same written answers, as their LVLM is frozen: those stand once, before the spoken ones.
+    """
+    texts, columns = [], {}
+    for name, measures in groups.items():
+        text = [m["text"] for m in measures]
+        if text not in texts:
+            texts.append(text)
+            columns["text" if len(texts) == 1 else f"text, {name}"] = text
+        if "audio" in measures[0]:
+            columns[f"{name}, audio"] = [m["audio"] for m in measures]
+            columns[f"{name}, gap"] = [{line: m["text"][line] - m["audio"][line] for line in m["text"]} for m in measures]
+    return columns
 
 
 def cell(values):
     """A table cell: the mean over seeds, and with several seeds their standard deviation."""
-    values = [v for v in values if v is not None]
-    if not values:
-        return "-"
+    if None in values:
+        return ""
     spread = f" ±{statistics.stdev(values):.1f}" if len(values) > 1 else ""
     return f"{statistics.fmean(values):.1f}{spread}"
 
 
-def print_table(groups, lines):
-    """A Markdown table: {run name: [measures of each seed]} as columns, [(line name, measure name), ...] as lines."""
-    table = [["", *groups]]
-    for name, measure in lines:
-        cells = [cell([measure(m) for m in measures]) for measures in groups.values()]
-        if set(cells) != {"-"}:
-            table.append([name, *cells])
+def print_table(groups):
+    """Prints {run name: [summary of each seed]} as a Markdown table, a line for each kind and measure."""
+    columns = table_columns(groups)
+    lines = list(dict.fromkeys(line for seeds in columns.values() for line in seeds[0]))
+    table = [["", *columns]]
+    table += [[line, *(cell([seed.get(line) for seed in seeds]) for seeds in columns.values())] for line in lines]
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-    for i, row in enumerate(table):
-        print("| " + " | ".join(c.ljust(w) if j == 0 else c.rjust(w) for j, (c, w) in enumerate(zip(row, widths))) + " |")
-        if i == 0:
-            print("|" + "|".join("-" * (w + 1) + ("-" if j == 0 else ":") for j, w in enumerate(widths)) + "|")
-
-
-def gap(measures):
-    """How much worse the same questions go aloud, in points."""
-    return measures["text mean"] - measures["audio mean"] if "audio mean" in measures else None
-
-
-def table_lines(kinds, average):
-    """The lines of the table: what is counted, and how to find it in `summary`."""
-    lines = [(f"{form} {kind}", lambda m, key=f"{form} {kind}": m.get(key))
-             for form in ("text", "audio") for kind in (*kinds, "mean")]
-    lines = [(name.replace("mean", average), measure) for name, measure in lines] + [("gap", gap)]
-    return lines + [(f"yes ratio, {form} (truth: about 50)", lambda m, key=f"{form} yes": m.get(key))
-                    for form in ("text", "audio")] + [("transcripts, exact", lambda m: m.get("transcripts"))]
+    table.insert(1, ["-" * widths[0], *("-" * (w - 1) + ":" for w in widths[1:])])
+    for row in table:
+        print("| " + " | ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))]) + " |")
 
 
 def print_differences(answered):
@@ -242,7 +243,7 @@ def report(args, kinds, average):
         seed = about["training"]["seed"]
         folder = Path(args.data or f"runs/{args.preset}/data-s{seed}/test")
         rows = evaluate(run, folder, kinds, args.n, device, texts, desc=str(run))
-        groups.setdefault(run_name(about), []).append(summary(rows, kinds))
+        groups.setdefault(run_name(about), []).append(summary(rows, kinds, average))
         answered[run_name(about), seed] = rows
         with data.written_whole(Path(run) / f"answers-{average.split()[0]}.jsonl") as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -250,7 +251,7 @@ def report(args, kinds, average):
             print(f"  {row['question']}?  ({row['label']})  text: {row['text']}  audio: {row['audio']}")
     print(f"{len(rows)} held-out questions a run; percent right"
           + (", mean ± standard deviation over seeds" if any(len(g) > 1 for g in groups.values()) else ""))
-    print_table(groups, table_lines(kinds, average))
+    print_table(groups)
     print_differences(answered)
 
 

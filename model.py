@@ -23,6 +23,7 @@ import shutil
 from pathlib import Path
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
@@ -34,6 +35,8 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 import shapes
 from data import AUDIO_SLOT, IGNORE, BadInput
+
+transformers.utils.logging.disable_progress_bar()  # our own bars show what takes long
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>")
 
@@ -183,7 +186,7 @@ def build_tokenizer():
 
 
 def build_lvlm():
-    """The built-in world's LVLM with random weights: InternVL's and Qwen2's own classes, 1.4 M parameters."""
+    """The built-in world's LVLM with random weights: InternVL's and Qwen2's own classes, 1.3 M parameters."""
     tokenizer = build_tokenizer()
     vision = dict(hidden_size=96, num_hidden_layers=4, num_attention_heads=4, layer_scale_init_value=0.5, intermediate_size=384,
                   image_size=[shapes.SIZE] * 2, patch_size=[16, 16], attention_bias=True, use_mean_pooling=True,
@@ -196,15 +199,18 @@ def build_lvlm():
     settings = {"system": "", "image_size": shapes.SIZE, "tokens_per_tile": 4, "max_tiles": 1,
                 "instruction": shapes.INSTRUCTION}
     lvlm = InternVLForConditionalGeneration(config)
-    with torch.no_grad():  # a word is first read and said in the same direction, which makes it sooner found in a picture
+    with torch.no_grad():
+        # InternVL's positions begin at 0, and beside the patches they would long stay too small to tell left from right.
+        nn.init.normal_(lvlm.model.vision_tower.embeddings.position_embeddings)
+        # A word is read and said in the same direction at first, which makes it sooner found in a picture.
         lvlm.lm_head.weight.copy_(lvlm.get_input_embeddings().weight)
     return lvlm, tokenizer, settings
 
 
 def build_audio_encoder():
-    """The built-in world's audio encoder with random weights: Whisper's own class, three layers, 40 mel bins."""
-    config = WhisperConfig(num_mel_bins=40, d_model=128, encoder_layers=3, encoder_attention_heads=4,
-                           encoder_ffn_dim=512, max_source_positions=1500)
+    """The built-in world's audio encoder with random weights: Whisper's own class, two layers, 40 mel bins."""
+    config = WhisperConfig(num_mel_bins=40, d_model=128, encoder_layers=2, encoder_attention_heads=4,
+                           encoder_ffn_dim=512, max_source_positions=1500, init_std=0.08)
     return WhisperEncoder(config), WhisperFeatureExtractor(feature_size=40)
 
 

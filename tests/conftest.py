@@ -1,6 +1,7 @@
 """A small built-in world and tiny models of the real classes, shared by all tests. No network, no accelerator."""
 
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -16,13 +17,17 @@ import data
 import model
 
 
-def run_script(*arguments, cwd, processes=0, timeout=170):
-    """Runs one of the project's scripts as a user would; returns the finished process, its output as text."""
+def run_script(*arguments, cwd, processes=0, timeout=170, largest_file=None):
+    """Runs one of the project's scripts as a user would; returns the finished process, its output as text.
+
+    processes: start so many by torchrun; largest_file: bytes, beyond which writing fails as on a full disk
+    """
     launcher = [sys.executable]
     if processes:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     command = launcher + [str(ROOT / arguments[0]), *map(str, arguments[1:])]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout)
+    limit = largest_file and (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file)))
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout, preexec_fn=limit)
 
 
 @pytest.fixture(scope="session")

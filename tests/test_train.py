@@ -102,7 +102,8 @@ def test_the_chain_makes_what_is_missing_and_reuses_it(world, tmp_path):
 
     table = run_script("eval.py", "--seed", 3, "--n", 24, "--show", 2, cwd=tmp_path)
     assert table.returncode == 0, table.stderr
-    assert "| base" in table.stdout and "KD 0.5" in table.stdout and "95 % interval" in table.stdout
+    assert all(column in table.stdout for column in (" text |", "aligned, audio", "SFT, audio", "KD 0.5, gap"))
+    assert "KD 0.5 - SFT" in table.stdout and "transcripts exact" in table.stdout
     align = run_script("mmalign.py", "--seed", 3, cwd=tmp_path)
     assert align.returncode == 0 and "relation" in align.stdout, align.stderr
     picture = tmp_path / "runs/shapes/data-s3/test/images/000000.png"
@@ -139,3 +140,10 @@ def test_a_loss_that_is_no_number_stops_before_the_weights_are_touched(start, wo
                       tmp_path / "out", cwd=tmp_path)
     assert done.returncode == 1 and "stopped before the weights were touched" in done.stderr
     assert "Traceback" not in done.stderr and not (tmp_path / "out/ollm.json").exists()
+
+
+def test_no_room_for_a_checkpoint_is_one_line_and_leaves_nothing_half_written(start, world, tmp_path):
+    done = run_script("train.py", "--init", start / "audio", "--data", world / "vision-audio", "--max-steps", 1, "--out",
+                      tmp_path / "out", cwd=tmp_path, largest_file=300_000)
+    assert done.returncode == 1 and "could not save the run" in done.stderr and "Traceback" not in done.stderr
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["log.jsonl"]
