@@ -1,6 +1,6 @@
 """Paired samples: one on-disk format, what reads it, and what writes it.
 
-A prepared folder holds `samples.jsonl` with one object a line, `{"id", "image", "question", "audio", "answer"}`, and the
+A prepared folder holds `samples.jsonl`, one object a line, `{"id", "image", "question", "audio", "answer"}`, and the
 files it names: pictures, and speech as 16 kHz mono FLAC. `audio` says aloud what `question` says in writing; a line
 without image is speech or text alone, a line without audio is text alone, a line without question is speech to
 transcribe. Every source is brought to this format, the built-in world too:
@@ -273,16 +273,17 @@ def pad(rows, value, left=False):
     return {"ids": ids, "mask": mask}
 
 
-def stretched(n_slot, n_all, rng, longest=96, share=0.3):
+def stretched(n_slot, n_all, rng, most=4, share=0.6):
     """Positions of a suffix whose first `n_slot` tokens are the question: 0, 1, 2, ... or, with `rng`, spread out.
 
-    Speech takes more tokens than text. A tiny LLM that has only met short written questions fails on long spoken ones
-    for that reason alone, so in the built-in world three in ten of the written questions are spread over a random span, in order,
-    as if they were that long (randomised positions: Ruoss et al., ACL 2023). Real LLMs come with longer experience.
+    Speech takes more tokens than text, here two to four a word. A tiny LLM that has only met short written questions
+    fails on long spoken ones for that reason alone. So most written questions of the built-in world are spread, in
+    order, over up to `most` times their length, as if they had been spoken (in the manner of the randomised positions
+    of Ruoss et al., ACL 2023). Real LLMs have met long questions already.
     """
-    if rng is None or rng.random() >= share or n_slot >= longest:
+    if rng is None or rng.random() >= share:
         return list(range(n_all))
-    span = rng.randint(n_slot, longest)
+    span = rng.randint(n_slot, most * n_slot)
     return sorted(rng.sample(range(span), n_slot)) + list(range(span, span + n_all - n_slot))
 
 
@@ -314,7 +315,8 @@ def mels(extractor, waves):
 # Voices of espeak-ng, "accent+variant". Runs are evaluated with voices whose variant was never trained on. Variants
 # that breathe (f2, f3, f5, whisper and some more) are left out: their noise is another one each time.
 ACCENTS = ("gmw/en-US", "gmw/en", "gmw/en-GB-x-rp")
-VARIANTS = ("m1", "m2", "m3", "m5", "m6", "m8", "f1", "f4", "Andy", "Annie", "Michael", "adam", "david", "linda", "steph")
+VARIANTS = ("m1", "m2", "m3", "m5", "m6", "m8", "f1", "f4",
+            "Andy", "Annie", "Michael", "adam", "david", "linda", "steph")
 VOICES = tuple(f"{accent}+{variant}" for accent in ACCENTS for variant in VARIANTS)
 HELD_OUT_VOICES = tuple(f"{accent}+{variant}" for accent in ACCENTS for variant in ("m4", "m7", "Andrea", "belinda"))
 
@@ -409,7 +411,7 @@ def save_png(path, image):
 
 def save_speech(folder, i, rng, text, voices):
     """Speaks `text` with a voice, rate and pitch drawn from rng into folder/audio, unless it is there."""
-    voice, words_per_minute, pitch = rng.choice(voices), rng.randint(190, 280), rng.randint(30, 70)
+    voice, words_per_minute, pitch = rng.choice(voices), rng.randint(240, 340), rng.randint(30, 70)
     path = folder / f"audio/{i:06}.flac"
     if not path.exists():
         wave, rate = speak(text, voice, words_per_minute, pitch)
@@ -435,7 +437,8 @@ def make_part(folder, worker, tasks, settings):
     with written_whole(note) as temporary:
         temporary.write_text(json.dumps(settings) + "\n")
     # One thread a worker: they share the cores already.
-    with multiprocessing.Pool(os.cpu_count(), torch.set_num_threads, (1,)) as pool, written_whole(folder / "samples.jsonl") as temporary:
+    pool = multiprocessing.Pool(os.cpu_count(), torch.set_num_threads, (1,))
+    with pool, written_whole(folder / "samples.jsonl") as temporary:
         with open(temporary, "w", encoding="utf-8") as out:
             for lines in tqdm(pool.imap(worker, tasks, chunksize=32), total=len(tasks), desc=str(folder), unit="file"):
                 out.writelines(json.dumps(line) + "\n" for line in lines)

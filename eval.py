@@ -138,7 +138,8 @@ def check_words(tokenizer, text):
     unknown = [word for word in text.split() if tokenizer.unk_token_id in tokenizer(word).input_ids]
     if unknown:
         words = sorted(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens))
-        raise BadInput(f"the built-in world does not know {', '.join(map(repr, unknown))}; its words: {' '.join(words)}")
+        raise BadInput(f"the built-in world does not know {', '.join(map(repr, unknown))}; "
+                       f"its words are: {' '.join(words)}")
 
 
 # ---- reporting -----------------------------------------------------------------------------------------------------
@@ -157,7 +158,7 @@ def mean_scores(rows, form, kinds):
 
 
 def summary(rows, kinds, average):
-    """One run's percentages, {"text": {line: value}, "audio": {line: value}}; lines are kinds, their mean, and so on."""
+    """One run's percentages, {"text": {line: value}, "audio": {line: value}}; lines are kinds, their mean..."""
     measures = {}
     for form in ("text", "audio"):
         if rows[0][form] is None:
@@ -186,7 +187,8 @@ def table_columns(groups):
             columns["text" if len(texts) == 1 else f"text, {name}"] = text
         if "audio" in measures[0]:
             columns[f"{name}, audio"] = [m["audio"] for m in measures]
-            columns[f"{name}, gap"] = [{line: m["text"][line] - m["audio"][line] for line in m["text"]} for m in measures]
+            columns[f"{name}, gap"] = [{line: value - m["audio"][line] for line, value in m["text"].items()}
+                                       for m in measures]
     return columns
 
 
@@ -264,8 +266,8 @@ def arguments(description):
     parser.add_argument("--data", help="prepared folder of questions (default: the test part of each run's seed)")
     parser.add_argument("--n", type=int, help="ask only the first so many questions")
     parser.add_argument("--show", type=int, default=0, help="print so many of each run's answers")
-    parser.add_argument("--device", choices=["cpu", "cuda", "mps"], default="cuda" if torch.cuda.is_available() else "cpu",
-                        help="where to run")
+    parser.add_argument("--device", choices=["cpu", "cuda", "mps"], help="where to run (default: cuda if there is one)",
+                        default="cuda" if torch.cuda.is_available() else "cpu")
     return parser
 
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 
 def self_kd_loss(student_logits, teacher_logits, labels, alpha, temperature=1.0, n_tokens=None):
-    """Self-Knowledge Distillation (section 3.2).
+    """Self-Knowledge Distillation (the paper's Eq. 2, mixed with supervised fine-tuning by alpha).
 
     student_logits  (N, V) given the spoken question, with gradient
     teacher_logits  (N, V) given the written question, without; may be None if alpha is 0

@@ -3,7 +3,7 @@
     python mmalign.py                                          # base, after alignment and every alpha of seed 0
     python mmalign.py runs/shapes/vision-audio-a*-s[012]       # any runs; those that differ by seed alone are averaged
 
-The paper's benchmark (section 4.1) asks for relations ("a star left of a circle" or "a circle left of a star") and for
+The paper's benchmark asks for relations ("a star left of a circle" or "a circle left of a star") and for
 attributes ("a red star and a blue circle" or "a blue star and a red circle"): the words are the same, so that only who
 looks at the picture can tell. In the built-in world the questions stand in the test part beside the other kinds. They
 are not among the spoken questions that `vision-audio` trains on, so what a run can do here it has carried over.

@@ -147,7 +147,7 @@ def ask(rng, scene, kind):
 def align_sentences(rng, scene, kind):
     """(true, false): the same words in another order, as in ARO and the paper's MMAlign; None if there are none."""
     cells = list(scene)
-    pairs = [(a, b) for a in cells for b in cells if a != b and scene[a][0] != scene[b][0] and scene[a][1] != scene[b][1]]
+    pairs = [(a, b) for a in cells for b in cells if scene[a][0] != scene[b][0] and scene[a][1] != scene[b][1]]
     if kind == "relation":  # neighbours in a row or a column, told apart by their shapes alone
         shapes = [s for _, s in scene.values()]
         pairs = [(a, b) for a, b in pairs if (a % 2 == b % 2) != (a // 2 == b // 2)
@@ -204,8 +204,8 @@ def draw_sentence(rng):
 def vocabulary():
     """All words of the built-in world, sorted."""
     sentences = [s for wordings in (*QUESTIONS.values(), *ANSWERS.values(), NO_ANSWERS) for s in wordings]
-    sentences += [INSTRUCTION, *COLORS, *SHAPES, *(f"{s}s" for s in SHAPES), *PLACES, *NUMBERS, "things colors shapes a and list"]
-    sentences += ["left of", "right of", "above below", "yes no"]
+    sentences += [INSTRUCTION, *COLORS, *SHAPES, *(f"{s}s" for s in SHAPES), *PLACES, *NUMBERS]
+    sentences += ["yes no", "things", "a and", "left of", "right of", "above below"]
     return sorted({word for s in sentences for word in s.split() if "{" not in word})
 
 

@@ -198,8 +198,8 @@ def train_stage(args, stage, init, data_folder, out, chosen, processes):
     wrapped = DistributedDataParallel(ollm, find_unused_parameters=stage == "vision-text") if world > 1 else ollm
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
-        print(f"{stage}: {len(samples)} samples of {data_folder}, {n_steps} steps of {global_batch} on {world} x {device}"
-              f" ({dtype}), lr {lr:g}, {sum(p.numel() for p in trained):,} parameters trained")
+        print(f"{stage}: {len(samples)} samples of {data_folder}, {n_steps} steps of {global_batch} on {world} x "
+              f"{device} ({dtype}), lr {lr:g}, {sum(p.numel() for p in trained):,} parameters trained")
     started, log = time.time(), open(out / "log.jsonl", "w") if rank == 0 else None
     bar = tqdm(loader, desc=stage, unit="step", disable=rank > 0, mininterval=1)
     for step, micro_batches in enumerate(bar):
@@ -287,7 +287,8 @@ def main():
         if asked:
             chosen |= {name: getattr(args, name) for name in chosen if getattr(args, name) is not None}
         train_stage(args, stage, init, folder, out, chosen, processes)
-    say(f"\nThe result lies in {out}. To look at it:\n    python eval.py                # every run so far, side by side")
+    say(f"\nThe result lies in {out}. To look at it:\n    python eval.py --seed {args.seed}        # text against speech, "
+        "every run of this seed side by side")
     if world > 1:
         dist.destroy_process_group()
 

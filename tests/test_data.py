@@ -83,7 +83,7 @@ def test_speech_is_audible_finite_and_of_a_plausible_length():
     assert rate == 16_000 and wave.dtype == np.float32 and 0.6 < len(wave) / rate < 3
     assert np.isfinite(wave).all() and 0.05 < np.abs(wave).max() <= 1
     data.speak("is there a red star", data.HELD_OUT_VOICES[0])
-    assert np.array_equal(data.speak("what color is the circle")[0], wave), "speech does not depend on what was said before"
+    assert np.array_equal(data.speak("what color is the circle")[0], wave), "whatever was said before"
     slow = data.speak("what color is the circle", words_per_minute=100)[0]
     assert len(slow) > 1.3 * len(wave)
 
@@ -136,7 +136,7 @@ def test_stretched_positions_keep_their_order_and_leave_the_answer_whole():
     assert all(a < b for row in spread for a, b in zip(row, row[1:])) and all(len(row) == 10 for row in spread)
     assert all(row[6:] == list(range(row[6], row[6] + 4)) for row in spread)
     plain = sum(row == list(range(10)) for row in spread) / 300
-    assert 0.2 < plain < 0.42 and max(row[6] for row in spread) > 80
+    assert 0.3 < plain < 0.55 and 20 < max(row[6] for row in spread) <= 24
     assert data.stretched(6, 10, None) == list(range(10))
 
 

@@ -16,7 +16,7 @@ def logits():
 
 
 def textbook(student, teacher, labels, alpha, temperature=1.0):
-    """The formula of section 3.2, token by token and word by word."""
+    """The formula, token by token and word by word."""
     kl = ce = 0.0
     for s, t, y in zip(student, teacher, labels):
         p_t = torch.exp(t / temperature) / torch.exp(t / temperature).sum()
