@@ -372,7 +372,7 @@ def make_scene(task):
         line = {"id": f"{i:06}-{j}", "phase": 1, "image": f"images/{i:06}.png"}
         if j == 0:  # first learn to see
             line |= {"phase": 0, **shapes.draw_question(rng, scene, ("description", *shapes.LIST_KINDS))}
-        elif rng.random() < 0.15:  # text alone: say it again. It teaches the LLM to copy, which alignment builds on
+        elif rng.random() < 0.25:  # text alone: say it again. It teaches the LLM to copy, which alignment builds on
             sentence = shapes.draw_sentence(rng)
             line = {"id": f"{i:06}-{j}", "phase": 1, "question": f"{sentence} {shapes.INSTRUCTION}", "answer": sentence}
         else:
@@ -476,8 +476,8 @@ if __name__ == "__main__":
     sub.add_argument("--out", help="folder for the parts (default runs/shapes/data-s<seed>)")
     sub.add_argument("--parts", nargs="+", default=["vision-text", "audio-text", "vision-audio", "test"],
                      choices=["vision-text", "audio-text", "vision-audio", "test"], help="which parts to make")
-    sub.add_argument("--scenes", type=int, default=14000, help="pictures with written questions (vision-text)")
-    sub.add_argument("--clips", type=int, default=16000, help="spoken sentences (audio-text)")
+    sub.add_argument("--scenes", type=int, default=11000, help="pictures with written questions (vision-text)")
+    sub.add_argument("--clips", type=int, default=18000, help="spoken sentences (audio-text)")
     sub.add_argument("--n", type=int, default=3200, help="spoken questions about pictures (vision-audio)")
     sub.add_argument("--test", type=int, default=800, help="held-out spoken questions (test)")
     sub.add_argument("--label-noise", type=float, default=0.25, help="share of wrong training answers (vision-audio)")

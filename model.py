@@ -211,7 +211,7 @@ def build_lvlm():
 def build_audio_encoder():
     """The built-in world's audio encoder with random weights: Whisper's own class, two layers, 40 mel bins."""
     config = WhisperConfig(num_mel_bins=40, d_model=128, encoder_layers=2, encoder_attention_heads=4,
-                           encoder_ffn_dim=512, max_source_positions=1500, init_std=0.08)
+                           encoder_ffn_dim=512, max_source_positions=1500, init_std=0.04)
     return WhisperEncoder(config), WhisperFeatureExtractor(feature_size=40)
 
 

@@ -42,7 +42,7 @@ STAGES = ("vision-text", "audio-text", "vision-audio")
 PRESETS = {  # by stage: peak learning rate, samples a step over all processes, samples a forward pass
     "shapes": {
         "vision-text": {"lr": 1.5e-3, "global_batch": 48, "micro_batch": 24},
-        "audio-text": {"lr": 2e-3, "global_batch": 48, "micro_batch": 24},
+        "audio-text": {"lr": 1.5e-3, "global_batch": 8, "micro_batch": 8},
         "vision-audio": {"lr": 5e-4, "global_batch": 64, "micro_batch": 32},
     },
 }
