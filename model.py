@@ -31,6 +31,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import (AutoTokenizer, InternVLConfig, InternVLForConditionalGeneration, PreTrainedTokenizerFast,
                           WhisperConfig, WhisperFeatureExtractor)
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 import shapes
@@ -81,7 +82,7 @@ class OLLM(nn.Module):
         depend on its batch. Tokens past n_frames / 4 mean nothing.
         """
         encoder = self.audio_encoder
-        x = F.gelu(encoder.conv1(mel))  # (B, W, F)
+        x = F.gelu(encoder.conv1(mel.to(encoder.conv1.weight.dtype)))  # (B, W, F)
         x = F.gelu(encoder.conv2(x)).transpose(1, 2)  # (B, F / 2, W)
         x = x + encoder.embed_positions.weight[: x.size(1)]
         padded = torch.arange(x.size(1), device=x.device) >= n_frames[:, None] // 2  # (B, F / 2)
@@ -168,6 +169,21 @@ class OLLM(nn.Module):
                       "positions": torch.zeros_like(token[:, None])}
             prefix, heard = (cache, mask), None
         return [self.tokenizer.decode(row[row != pad], skip_special_tokens=True).strip() for row in rows]
+
+
+def to_float64(module):
+    """The module in double precision throughout, to compare runs and gradients exactly.
+
+    transformers' RMSNorm computes in float32 even in a float64 model, where torch's own keeps the precision.
+    """
+    for name, child in module.named_children():
+        if isinstance(child, Qwen2RMSNorm):
+            norm = nn.RMSNorm(child.weight.shape, eps=child.variance_epsilon)
+            norm.weight = child.weight
+            setattr(module, name, norm)
+        else:
+            to_float64(child)
+    return module.double()
 
 
 # ---- the built-in models -------------------------------------------------------------------------------------------
@@ -277,7 +293,7 @@ def about_run(folder):
         raise BadInput(f"{path}: broken: {error or 'keys are missing'}") from None
 
 
-def load_run(folder, dtype=torch.float32):
+def load_run(folder):
     """The OLLM of a run folder: its own LVLM, or its base's with the audio encoder and projector stored here.
 
     Raises BadInput if a file is missing or broken, the base is another than the one trained on, or shapes do not fit.
@@ -287,7 +303,7 @@ def load_run(folder, dtype=torch.float32):
     try:
         if base != folder and fingerprint(base) != about["base_fingerprint"]:
             raise BadInput(f"{folder}: was trained on another base than the one that lies in {base} now")
-        lvlm, tokenizer = load_lvlm(base, dtype), AutoTokenizer.from_pretrained(base)
+        lvlm, tokenizer = load_lvlm(base), AutoTokenizer.from_pretrained(base)
         if base == folder:
             return OLLM(lvlm, tokenizer, about["settings"])
         encoder = WhisperEncoder(WhisperConfig.from_pretrained(folder))
@@ -298,4 +314,4 @@ def load_run(folder, dtype=torch.float32):
     missing = [key for key in missing if not key.startswith("lvlm.")]
     if missing or unknown:
         raise BadInput(f"{folder}/model.safetensors: lacks {missing[:3]}, has unknown {unknown[:3]}")
-    return ollm.to(dtype)
+    return ollm

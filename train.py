@@ -159,20 +159,20 @@ def run_folder(preset, stage, alpha, seed):
     return Path("runs") / preset / (f"{stage}-a{alpha:g}-s{seed}" if stage == "vision-audio" else f"{stage}-s{seed}")
 
 
-def start_model(stage, init, seed, dtype):
+def start_model(stage, init, seed):
     """(the model a stage begins with, frozen but for what the stage trains; the run folder of its LVLM, or None)."""
     torch.manual_seed(seed)
     if stage == "vision-text":
         ollm, base = model.OLLM(*model.build_lvlm()), None
     else:
-        ollm, about = model.load_run(init, dtype), model.about_run(init)
+        ollm, about = model.load_run(init), model.about_run(init)
         base = init if about["base"] is None else Path(os.path.normpath(Path(init) / about["base"]))
         if stage == "audio-text" and ollm.audio_encoder is None:
             ollm = model.OLLM(ollm.lvlm, ollm.tokenizer, ollm.settings, *model.build_audio_encoder())
         if ollm.audio_encoder is None:
             raise BadInput(f"{init}: has no audio encoder; the stage vision-audio starts from an audio-text run")
     ollm.train_only(stage)
-    return ollm.to(dtype), base
+    return ollm, base
 
 
 def train_stage(args, stage, init, data_folder, out, chosen, processes):
@@ -182,8 +182,8 @@ def train_stage(args, stage, init, data_folder, out, chosen, processes):
     """
     rank, world, device = processes
     lr, global_batch, alpha = chosen["lr"], chosen["global_batch"], args.alpha if stage == "vision-audio" else 0.0
-    dtype = torch.float64 if args.float64 else torch.float32
-    ollm, base = start_model(stage, init, args.seed, dtype)
+    ollm, base = start_model(stage, init, args.seed)
+    ollm = model.to_float64(ollm) if args.float64 else ollm
     samples = data.Samples(data_folder, ollm.settings, speech=stage != "vision-text")
     collate = functools.partial(data.collate, tokenizer=ollm.tokenizer, mel_extractor=ollm.mel_extractor,
                                 settings=ollm.settings, stretch_seed=args.seed if stage == "vision-text" else None)
@@ -199,7 +199,7 @@ def train_stage(args, stage, init, data_folder, out, chosen, processes):
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         print(f"{stage}: {len(samples)} samples of {data_folder}, {n_steps} steps of {global_batch} on {world} x "
-              f"{device} ({dtype}), lr {lr:g}, {sum(p.numel() for p in trained):,} parameters trained")
+              f"{device}, lr {lr:g}, {sum(p.numel() for p in trained):,} parameters trained")
     started, log = time.time(), open(out / "log.jsonl", "w") if rank == 0 else None
     bar = tqdm(loader, desc=stage, unit="step", disable=rank > 0, mininterval=1)
     for step, micro_batches in enumerate(bar):
@@ -251,7 +251,7 @@ def parse_arguments():
     if args.temperature <= 0:
         parser.error(f"--temperature must be above 0, not {args.temperature}")
     for name in ("max_steps", "global_batch", "micro_batch"):
-        if (getattr(args, name) or 1) < 1:
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     return args
 

@@ -34,7 +34,7 @@ def run_script(*arguments, cwd, processes=0, timeout=170, largest_file=None):
 def world(tmp_path_factory):
     """A prepared built-in world of a few dozen samples: a folder with the four parts."""
     folder = tmp_path_factory.mktemp("world")
-    made = run_script("data.py", "shapes", "--seed", 3, "--out", folder, "--scenes", 12, "--clips", 40, "--n", 48,
+    made = run_script("data.py", "shapes", "--seed", 3, "--out", folder, "--scenes", 12, "--clips", 40, "--n", 100,
                       "--test", 32, cwd=folder)
     assert made.returncode == 0, made.stderr
     return folder
@@ -47,7 +47,7 @@ def build_ollm(dtype=torch.float64, max_tiles=1):
     ollm.settings = {**ollm.settings, "max_tiles": max_tiles}
     torch.nn.init.normal_(ollm.projector.weight, std=0.3)
     ollm.train_only("vision-audio")
-    return ollm.to(dtype)
+    return model.to_float64(ollm) if dtype == torch.float64 else ollm
 
 
 def collate(ollm, samples, **options):

@@ -25,7 +25,7 @@ def digest(folder):
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def make(folder, seed=3, n=48):
+def make(folder, seed=3, n=100):
     return run_script("data.py", "shapes", "--seed", seed, "--out", folder, "--scenes", 12, "--clips", 40, "--n", n,
                       "--test", 32, cwd=folder.parent)
 

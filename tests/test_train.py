@@ -57,9 +57,9 @@ def losses(folder):
 
 @pytest.mark.parametrize("processes", [2, 3])
 def test_processes_compute_the_same_steps_as_one(start, world, tmp_path, processes):
-    """20 AdamW steps in float64 over a ragged epoch: 48 samples in batches of 10, five steps an epoch... of 2 here."""
+    """20 AdamW steps in float64, also where the last batch and the ranks' shares are ragged or empty."""
     options = ["--stage", "vision-audio", "--alpha", 0.75, "--init", start / "audio", "--data", world / "vision-audio",
-               "--global-batch", 5 if processes == 2 else 23, "--micro-batch", 2, "--lr", 1e-3, "--float64",
+               "--global-batch", 5 if processes == 2 else 33, "--micro-batch", 3, "--lr", 1e-3, "--float64",
                "--device", "cpu", "--max-steps", 20]
     one = run_script("train.py", *options, "--out", tmp_path / "one", cwd=tmp_path)
     many = run_script("train.py", *options, "--out", tmp_path / "many", cwd=tmp_path, processes=processes)
@@ -70,7 +70,7 @@ def test_processes_compute_the_same_steps_as_one(start, world, tmp_path, process
             assert a[key] == pytest.approx(b[key], rel=1e-9), (a["step"], key)
     states = [model.load_file(tmp_path / name / "model.safetensors") for name in ("one", "many")]
     for key, value in states[0].items():
-        torch.testing.assert_close(value, states[1][key], rtol=1e-7, atol=1e-10)
+        torch.testing.assert_close(value, states[1][key], rtol=1e-6, atol=1e-9)
 
 
 def test_vision_text_on_two_processes_equals_one(world, tmp_path):
