@@ -84,7 +84,7 @@ def read_samples(folder):
             except json.JSONDecodeError as error:
                 raise BadInput(f"{where}: not JSON: {error}") from None
             check_sample(sample, where)
-            samples.append({**sample, "where": where})
+            samples.append({"id": str(number), **sample, "where": where})
     if not samples:
         raise BadInput(f"{path}: has no sample")
     return samples
@@ -111,10 +111,18 @@ def check_sample(sample, where):
 class Samples(torch.utils.data.Dataset):
     """A prepared folder, a sample an index: {"question", "answer", "pixels", "wave", ...}, read when asked for."""
 
-    def __init__(self, folder, settings, speech=True):
-        """`settings` as in model.py (image_size, max_tiles); without `speech` no audio file is opened."""
-        self.folder, self.settings, self.speech = Path(folder), settings, speech
-        self.rows = read_samples(folder)
+    def __init__(self, folder, settings, forms=("question", "audio")):
+        """settings as in model.py (image_size, max_tiles); forms: the forms of the question that every line must have.
+
+        The other form is left out, its files unopened. Raises BadInput for a line that lacks a form.
+        """
+        self.folder, self.settings, self.rows = Path(folder), settings, read_samples(folder)
+        for row in self.rows:
+            for form in ("question", "audio"):
+                if form in forms and form not in row:
+                    raise BadInput(f"{row['where']}: has no {form}, which is needed here")
+                if form not in forms:
+                    row.pop(form, None)
 
     def __len__(self):
         return len(self.rows)
@@ -125,7 +133,7 @@ class Samples(torch.utils.data.Dataset):
             if "image" in row:
                 image = load_image(self.folder / row["image"])
                 row["pixels"] = pixels(tile(image, self.settings["max_tiles"], self.settings["image_size"]))
-            if self.speech and "audio" in row:
+            if "audio" in row:
                 row["wave"] = load_audio(self.folder / row["audio"])
         except BadInput as error:
             raise BadInput(f"{row['where']}: {error}") from None
@@ -372,7 +380,7 @@ def make_scene(task):
         line = {"id": f"{i:06}-{j}", "phase": 1, "image": f"images/{i:06}.png"}
         if j == 0:  # first learn to see
             line |= {"phase": 0, **shapes.draw_question(rng, scene, ("description", *shapes.LIST_KINDS))}
-        elif rng.random() < 0.25:  # text alone: say it again. It teaches the LLM to copy, which alignment builds on
+        elif rng.random() < 0.2:  # text alone: say it again. It teaches the LLM to copy, which alignment builds on
             sentence = shapes.draw_sentence(rng)
             line = {"id": f"{i:06}-{j}", "phase": 1, "question": f"{sentence} {shapes.INSTRUCTION}", "answer": sentence}
         else:
@@ -476,7 +484,7 @@ if __name__ == "__main__":
     sub.add_argument("--out", help="folder for the parts (default runs/shapes/data-s<seed>)")
     sub.add_argument("--parts", nargs="+", default=["vision-text", "audio-text", "vision-audio", "test"],
                      choices=["vision-text", "audio-text", "vision-audio", "test"], help="which parts to make")
-    sub.add_argument("--scenes", type=int, default=11000, help="pictures with written questions (vision-text)")
+    sub.add_argument("--scenes", type=int, default=14000, help="pictures with written questions (vision-text)")
     sub.add_argument("--clips", type=int, default=18000, help="spoken sentences (audio-text)")
     sub.add_argument("--n", type=int, default=3200, help="spoken questions about pictures (vision-audio)")
     sub.add_argument("--test", type=int, default=800, help="held-out spoken questions (test)")

@@ -97,7 +97,7 @@ def evaluate(run, folder, kinds, n, device, texts, desc):
     ollm, about = model.load_run(run), model.about_run(run)
     ollm.to(device).eval()
     listens, base = ollm.audio_encoder is not None, about.get("base_fingerprint") or model.fingerprint(run)
-    samples = data.Samples(folder, ollm.settings, speech=listens)
+    samples = data.Samples(folder, ollm.settings, ("question", "audio") if listens else ("question",))
     indices = [i for i, row in enumerate(samples.rows) if row.get("kind") in kinds][:n]
     known = texts.setdefault((base, str(folder)), {})
     rows = {}

@@ -26,8 +26,8 @@ KINDS = ("color", "shape", "count", "existence", "place", "description")
 ALIGN_KINDS = ("relation", "attribute")
 LIST_KINDS = ("by shape", "by color")  # asked only while a base learns to see: find things by what they look like
 # How often a base is asked what: the more, the longer it takes to learn.
-BASE_KINDS = (2 * ("color", "shape", "description") + 3 * ("existence", "place", "relation", "attribute")
-              + 6 * ("count",))
+BASE_KINDS = (2 * ("color", "shape", "description", "relation", "attribute") + 4 * ("count", "existence")
+              + 6 * ("place",))
 CLASSES = {"color": tuple(COLORS), "shape": SHAPES, "count": NUMBERS, "existence": ("yes", "no"), "place": PLACES}
 INSTRUCTION = "say it again"  # follows what is to be repeated (text) or transcribed (speech)
 SIZE = 64  # pixels, both ways

@@ -38,12 +38,12 @@ import model
 from data import IGNORE, BadInput
 from loss import self_kd_loss
 
-STAGES = ("vision-text", "audio-text", "vision-audio")
+STAGES = {"vision-text": ("question",), "audio-text": ("audio",), "vision-audio": ("question", "audio")}  # what is asked
 PRESETS = {  # by stage: peak learning rate, samples a step over all processes, samples a forward pass
     "shapes": {
         "vision-text": {"lr": 1.5e-3, "global_batch": 48, "micro_batch": 24},
         "audio-text": {"lr": 1.5e-3, "global_batch": 8, "micro_batch": 8},
-        "vision-audio": {"lr": 5e-4, "global_batch": 64, "micro_batch": 32},
+        "vision-audio": {"lr": 1e-3, "global_batch": 8, "micro_batch": 8},
     },
 }
 WARMUP = 0.03  # share of the steps
@@ -184,7 +184,7 @@ def train_stage(args, stage, init, data_folder, out, chosen, processes):
     lr, global_batch, alpha = chosen["lr"], chosen["global_batch"], args.alpha if stage == "vision-audio" else 0.0
     ollm, base = start_model(stage, init, args.seed)
     ollm = model.to_float64(ollm) if args.float64 else ollm
-    samples = data.Samples(data_folder, ollm.settings, speech=stage != "vision-text")
+    samples = data.Samples(data_folder, ollm.settings, STAGES[stage])
     collate = functools.partial(data.collate, tokenizer=ollm.tokenizer, mel_extractor=ollm.mel_extractor,
                                 settings=ollm.settings, stretch_seed=args.seed if stage == "vision-text" else None)
     steps = math.ceil(len(samples) / global_batch)
@@ -262,10 +262,11 @@ def main():
     processes = set_up_processes(args.device)
     rank, world, _ = processes
     say = print if rank == 0 else lambda *_: None
-    say("This is the built-in world: drawn pictures and synthetic speech, tiny models.")
+    say("This is the built-in world: drawn pictures, synthetic speech, tiny models. The paper's own run, on InternVL2-1B "
+        "and Whisper-large-v3, is not part of this version.")
     world_folder = Path(f"runs/{args.preset}/data-s{args.seed}")
     before = None
-    for stage in STAGES[: STAGES.index(args.stage) + 1]:
+    for stage in list(STAGES)[: list(STAGES).index(args.stage) + 1]:
         asked = stage == args.stage
         out = Path(asked and args.out or run_folder(args.preset, stage, args.alpha, args.seed))
         init = asked and args.init or before

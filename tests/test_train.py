@@ -124,9 +124,11 @@ def test_the_chain_makes_what_is_missing_and_reuses_it(world, tmp_path):
     (["--stage", "vision-audio", "--init", "BASE", "--data", "PART"], "no audio encoder"),
     (["--stage", "vision-audio", "--init", "nowhere", "--data", "PART"], "not a finished run"),
     (["--stage", "vision-text", "--data", "nowhere"], "no such file"),
+    (["--stage", "vision-audio", "--init", "AUDIO", "--data", "TRANSCRIPTS"], "samples.jsonl:1: has no question"),
 ])
 def test_what_cannot_work_is_one_clear_line(start, world, tmp_path, arguments, message):
-    places = {"BASE": start / "base", "PART": world / "vision-audio"}
+    places = {"BASE": start / "base", "AUDIO": start / "audio", "PART": world / "vision-audio",
+              "TRANSCRIPTS": world / "audio-text"}
     done = run_script("train.py", *[places.get(a, a) for a in arguments], "--out", tmp_path / "out", cwd=tmp_path)
     assert done.returncode != 0 and message in done.stderr and "Traceback" not in done.stderr
     assert not list(tmp_path.rglob("*.safetensors"))
