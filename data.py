@@ -46,6 +46,14 @@ class BadInput(Exception):
     """Something the user gave cannot be used; the message says what and where, on one line."""
 
 
+def at_least_one(text):
+    """An argparse type: a count."""
+    count = int(text)
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {count}")
+    return count
+
+
 @contextlib.contextmanager
 def readable_errors():
     """Around a script's main part: an error that the user can mend is one line on stderr and exit code 1."""
@@ -366,6 +374,7 @@ def speak(text, voice=VOICES[0], words_per_minute=175, pitch=50):
 
 # ---- writing: the built-in world -----------------------------------------------------------------------------------
 
+PARTS = ("vision-text", "audio-text", "vision-audio", "test")
 SCENE_QUESTIONS = 10  # written questions about each picture of the vision-text part
 
 
@@ -454,25 +463,21 @@ def make_part(folder, worker, tasks, settings):
 
 def make_shapes(args):
     """The built-in world's four parts under --out."""
-    out = Path(args.out or f"runs/shapes/data-s{args.seed}")
-    scenes, clips, pairs = args.scenes, args.clips, args.n
     if not 0 <= args.label_noise <= 1:
         raise BadInput(f"--label-noise is a share between 0 and 1, not {args.label_noise}")
-    kinds, seed = shapes.KINDS, args.seed
-    if "vision-text" in args.parts:
-        folder = out / "vision-text"
-        make_part(folder, make_scene, [(folder, seed, i) for i in range(scenes)], {"seed": seed, "scenes": scenes})
-    if "audio-text" in args.parts:
-        folder = out / "audio-text"
-        make_part(folder, make_clip, [(folder, seed, i) for i in range(clips)], {"seed": seed, "clips": clips})
-    if "vision-audio" in args.parts:
-        folder = out / "vision-audio"
-        make_part(folder, make_pair, [(folder, seed, i, kinds, args.label_noise, False) for i in range(pairs)],
-                  {"seed": seed, "n": pairs, "label_noise": args.label_noise})
-    if "test" in args.parts:
-        folder, kinds = out / "test", kinds + shapes.ALIGN_KINDS
-        make_part(folder, make_pair, [(folder, seed, i, (kinds[i % len(kinds)],), 0.0, True) for i in range(args.test)],
-                  {"seed": seed, "n": args.test})
+    out, seed, kinds = Path(args.out or f"runs/shapes/data-s{args.seed}"), args.seed, shapes.KINDS + shapes.ALIGN_KINDS
+    makers = {  # by part: worker, what it is told of sample i beside folder, seed and i, and what settings.json notes
+        "vision-text": (make_scene, lambda i: (), {"seed": seed, "scenes": args.scenes}),
+        "audio-text": (make_clip, lambda i: (), {"seed": seed, "clips": args.clips}),
+        "vision-audio": (make_pair, lambda i: (shapes.KINDS, args.label_noise, False),
+                         {"seed": seed, "n": args.n, "label_noise": args.label_noise}),
+        "test": (make_pair, lambda i: ((kinds[i % len(kinds)],), 0.0, True), {"seed": seed, "n": args.test}),
+    }
+    counts = dict(zip(PARTS, (args.scenes, args.clips, args.n, args.test)))
+    for part in PARTS:
+        if part in args.parts:
+            worker, told, settings = makers[part]
+            make_part(out / part, worker, [(out / part, seed, i, *told(i)) for i in range(counts[part])], settings)
     print(f"The built-in world of seed {seed} lies in {out}")
 
 
@@ -482,8 +487,7 @@ if __name__ == "__main__":
     sub = commands.add_parser("shapes", help="make the built-in world")
     sub.add_argument("--seed", type=int, default=0, help="what is drawn, asked and spoken")
     sub.add_argument("--out", help="folder for the parts (default runs/shapes/data-s<seed>)")
-    sub.add_argument("--parts", nargs="+", default=["vision-text", "audio-text", "vision-audio", "test"],
-                     choices=["vision-text", "audio-text", "vision-audio", "test"], help="which parts to make")
+    sub.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS, help="which parts to make")
     sub.add_argument("--scenes", type=int, default=14000, help="pictures with written questions (vision-text)")
     sub.add_argument("--clips", type=int, default=18000, help="spoken sentences (audio-text)")
     sub.add_argument("--n", type=int, default=3200, help="spoken questions about pictures (vision-audio)")

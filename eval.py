@@ -264,7 +264,7 @@ def arguments(description):
     parser.add_argument("--preset", choices=train.PRESETS, default="shapes", help="whose runs, if none are named")
     parser.add_argument("--seed", type=int, default=0, help="whose runs, if none are named")
     parser.add_argument("--data", help="prepared folder of questions (default: the test part of each run's seed)")
-    parser.add_argument("--n", type=int, help="ask only the first so many questions")
+    parser.add_argument("--n", type=data.at_least_one, help="ask only the first so many questions")
     parser.add_argument("--show", type=int, default=0, help="print so many of each run's answers")
     parser.add_argument("--device", choices=["cpu", "cuda", "mps"], help="where to run (default: cuda if there is one)",
                         default="cuda" if torch.cuda.is_available() else "cpu")
@@ -277,8 +277,6 @@ if __name__ == "__main__":
     parser.add_argument("--question", help="the question; it is spoken by espeak-ng unless --audio is given")
     parser.add_argument("--audio", help="the question spoken, any format and rate that soundfile reads")
     args = parser.parse_args()
-    if args.n is not None and args.n < 1:
-        parser.error("--n must be at least 1")
     if bool(args.image) != bool(args.question is not None or args.audio):
         parser.error("one question needs --image, and --question or --audio")
     with data.readable_errors():

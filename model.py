@@ -141,7 +141,7 @@ class OLLM(nn.Module):
         trains_lvlm = self.lvlm.lm_head.weight.requires_grad
         with torch.set_grad_enabled(torch.is_grad_enabled() and trains_lvlm):
             prefix = self.prefix(batch)
-        student = batch["text"] if batch["mel"] is None else batch["audio"]
+        student = asked(batch)
         heard = None if batch["mel"] is None else self.hear(batch["mel"], batch["n_frames"])
         student_logits, labels = self.answer_logits(self.suffix(prefix, student, heard)[0], student["labels"])
         if not teach:
@@ -169,6 +169,11 @@ class OLLM(nn.Module):
                       "positions": torch.zeros_like(token[:, None])}
             prefix, heard = (cache, mask), None
         return [self.tokenizer.decode(row[row != pad], skip_special_tokens=True).strip() for row in rows]
+
+
+def asked(batch):
+    """The suffix that the student is asked and learns from: the spoken question, or the written one without speech."""
+    return batch["text"] if batch["mel"] is None else batch["audio"]
 
 
 def to_float64(module):

@@ -38,7 +38,7 @@ import model
 from data import IGNORE, BadInput
 from loss import self_kd_loss
 
-STAGES = {"vision-text": ("question",), "audio-text": ("audio",), "vision-audio": ("question", "audio")}  # what is asked
+STAGES = {"vision-text": ("question",), "audio-text": ("audio",), "vision-audio": ("question", "audio")}  # asked
 PRESETS = {  # by stage: peak learning rate, samples a step over all processes, samples a forward pass
     "shapes": {
         "vision-text": {"lr": 1.5e-3, "global_batch": 48, "micro_batch": 24},
@@ -117,11 +117,6 @@ def total(value, device):
     return value.item()
 
 
-def labels_of(batch):
-    """The labels that are learnt from: those behind the spoken question, if there is one."""
-    return (batch["text"] if batch["mel"] is None else batch["audio"])["labels"]
-
-
 def train_step(ollm, micro_batches, alpha, temperature, device, world):
     """Forward and backward over this rank's micro-batches; returns the global batch's (loss, kl, ce).
 
@@ -129,7 +124,7 @@ def train_step(ollm, micro_batches, alpha, temperature, device, world):
     the number of processes because DistributedDataParallel averages gradients over them. On a GPU the matrix products
     are in bfloat16; weights, their updates and the loss stay in float32.
     """
-    n_tokens = total(float(sum((labels_of(batch) != IGNORE).sum() for batch, _ in micro_batches)), device)
+    n_tokens = total(float(sum((model.asked(batch)["labels"] != IGNORE).sum() for batch, _ in micro_batches)), device)
     sums = [0.0, 0.0, 0.0]
     for i, (batch, _) in enumerate(micro_batches):
         last = i == len(micro_batches) - 1  # gradients are averaged over the processes once a step
@@ -239,9 +234,9 @@ def parse_arguments():
     parser.add_argument("--init", help="run folder the stage starts from (default: that of the stage before it)")
     parser.add_argument("--out", help="run folder that the stage leaves")
     parser.add_argument("--seed", type=int, default=0, help="of the start, the order and the built-in data")
-    parser.add_argument("--max-steps", type=int, help="stop early; the cosine keeps its full length")
-    parser.add_argument("--global-batch", type=int, help="samples a step, over all processes")
-    parser.add_argument("--micro-batch", type=int, help="samples a forward pass; the rest is accumulated")
+    parser.add_argument("--max-steps", type=data.at_least_one, help="stop early; the cosine keeps its full length")
+    parser.add_argument("--global-batch", type=data.at_least_one, help="samples a step, over all processes")
+    parser.add_argument("--micro-batch", type=data.at_least_one, help="samples a forward pass")
     parser.add_argument("--lr", type=float, help="peak learning rate")
     parser.add_argument("--device", choices=["cpu", "cuda", "mps"], help="default: the best there is")
     parser.add_argument("--float64", action="store_true", help="double precision, to compare runs exactly")
@@ -250,9 +245,6 @@ def parse_arguments():
         parser.error(f"--alpha is a weight between 0 and 1, not {args.alpha}")
     if args.temperature <= 0:
         parser.error(f"--temperature must be above 0, not {args.temperature}")
-    for name in ("max_steps", "global_batch", "micro_batch"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
     return args
 
 
