@@ -387,7 +387,7 @@ def make_scene(task):
     lines = []
     for j in range(SCENE_QUESTIONS):
         line = {"id": f"{i:06}-{j}", "phase": 1, "image": f"images/{i:06}.png"}
-        if j == 0:  # first learn to see
+        if j < 2:  # first learn to see: a base that is asked before it can takes far longer
             line |= {"phase": 0, **shapes.draw_question(rng, scene, ("description", *shapes.LIST_KINDS))}
         elif rng.random() < 0.2:  # text alone: say it again. It teaches the LLM to copy, which alignment builds on
             sentence = shapes.draw_sentence(rng)
@@ -488,9 +488,9 @@ if __name__ == "__main__":
     sub.add_argument("--seed", type=int, default=0, help="what is drawn, asked and spoken")
     sub.add_argument("--out", help="folder for the parts (default runs/shapes/data-s<seed>)")
     sub.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS, help="which parts to make")
-    sub.add_argument("--scenes", type=int, default=14000, help="pictures with written questions (vision-text)")
+    sub.add_argument("--scenes", type=int, default=13000, help="pictures with written questions (vision-text)")
     sub.add_argument("--clips", type=int, default=18000, help="spoken sentences (audio-text)")
-    sub.add_argument("--n", type=int, default=3200, help="spoken questions about pictures (vision-audio)")
+    sub.add_argument("--n", type=int, default=1600, help="spoken questions about pictures (vision-audio)")
     sub.add_argument("--test", type=int, default=800, help="held-out spoken questions (test)")
     sub.add_argument("--label-noise", type=float, default=0.25, help="share of wrong training answers (vision-audio)")
     sub = commands.add_parser("speak", help="speak a text with espeak-ng")

@@ -25,9 +25,9 @@ NUMBERS = ("zero", "one", "two", "three", "four")
 KINDS = ("color", "shape", "count", "existence", "place", "description")
 ALIGN_KINDS = ("relation", "attribute")
 LIST_KINDS = ("by shape", "by color")  # asked only while a base learns to see: find things by what they look like
-# How often a base is asked what: the more, the longer it takes to learn.
-BASE_KINDS = (2 * ("color", "shape", "description", "relation", "attribute") + 4 * ("count", "existence")
-              + 6 * ("place",))
+# How often a base that can see is asked what: the more, the longer it takes to learn.
+BASE_KINDS = (("shape", "description", "relation") + 2 * ("color",) + 3 * ("place", "attribute")
+              + 4 * ("existence",) + 5 * ("count",))
 CLASSES = {"color": tuple(COLORS), "shape": SHAPES, "count": NUMBERS, "existence": ("yes", "no"), "place": PLACES}
 INSTRUCTION = "say it again"  # follows what is to be repeated (text) or transcribed (speech)
 SIZE = 64  # pixels, both ways
@@ -197,7 +197,7 @@ def draw_question(rng, scene, kinds, noise=0.0):
 
 def draw_sentence(rng):
     """Something to say or to repeat without a picture: a question of any kind, or a description."""
-    sample = draw_question(rng, draw_scene(rng, held_out=False), KINDS + ALIGN_KINDS)
+    sample = draw_question(rng, draw_scene(rng, held_out=False), 2 * KINDS + ALIGN_KINDS)
     return sample["answer"] if rng.random() < 0.25 else sample["question"]
 
 
