@@ -3,7 +3,7 @@
 A prepared folder holds `samples.jsonl`, one object a line, `{"id", "image", "question", "audio", "answer"}`, and the
 files it names: pictures, and speech as 16 kHz mono FLAC. `audio` says aloud what `question` says in writing; a line
 without image is speech or text alone, a line without audio is text alone, a line without question is speech to
-transcribe. Every source is brought to this format, the built-in world too:
+transcribe. Every source is brought to this format, the built-in world too (public data by sources.py):
 
     python data.py shapes --seed 0                     # to runs/shapes/data-s0, about a minute on two cores
     python data.py shapes --seed 0 --label-noise 0     # training answers without annotation errors
@@ -25,10 +25,13 @@ import sys
 from pathlib import Path
 
 import espeakng_loader
+import httpx
 import numpy as np
 import soundfile
 import torch
 import torchaudio
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
 from tqdm import tqdm
 
@@ -73,6 +76,28 @@ def written_whole(path):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def fetch(path):
+    """The folder of a model: `path` itself, or where the hub's copy of it lies, downloaded if it is not there yet."""
+    if Path(path).is_dir():
+        return Path(path)
+    wanted = ["*.json", "*.txt", "model.safetensors", "model-*.safetensors"]  # no code, no pickle, no second precision
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=wanted))
+    except (OSError, ValueError, HfHubHTTPError, httpx.HTTPError) as error:
+        reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
+        raise BadInput(f"{path}: no such folder, and the Hugging Face hub did not give it ({reason[0][:150]}). Where "
+                       f"there is a network: `hf download {path} --local-dir FOLDER`; then name that folder "
+                       "(--init, --whisper, --voice)") from None
+
+
+def read_json(path):
+    """A JSON file's object. Raises BadInput if it is missing or broken."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{path}: cannot be read: {error}") from None
 
 
 # ---- reading -------------------------------------------------------------------------------------------------------
@@ -242,10 +267,11 @@ def collate(samples, tokenizer, mel_extractor, settings, answers=True, stretch_s
         spread = [None if stretch_seed is None else random.Random(f"{stretch_seed}/{s['id']}") for s in samples]
         batch["text"] = suffixes(tokenizer, slots, tail, answer_ids, spread, left=not answers)
     if "wave" in samples[0]:
-        batch["mel"], batch["n_frames"] = mels(mel_extractor, [s["wave"] for s in samples])
+        waves = [padded(s["wave"], settings) for s in samples]
+        batch["mel"], batch["n_frames"] = mels(mel_extractor, waves)
         after = "" if "question" in samples[0] else settings["instruction"]  # speech without a question: transcribe
         _, (after,), _ = prompts(tokenizer, settings, [0], [after])
-        heard = [[AUDIO_SLOT] * audio_tokens(s["wave"]) + after for s in samples]
+        heard = [[AUDIO_SLOT] * audio_tokens(wave) + after for wave in waves]
         batch["audio"] = suffixes(tokenizer, heard, tail, answer_ids, [None] * len(samples), left=not answers)
     return batch
 
@@ -301,6 +327,11 @@ def stretched(n_slot, n_all, rng, most=4, share=0.6):
         return list(range(n_all))
     span = rng.randint(n_slot, most * n_slot)
     return sorted(rng.sample(range(span), n_slot)) + list(range(span, span + n_all - n_slot))
+
+
+def padded(wave, settings):
+    """The waveform with silence up to settings["audio_seconds"], if that is set: 30 is what plain Whisper hears."""
+    return np.pad(wave, (0, max(0, int(settings.get("audio_seconds", 0) * SAMPLE_RATE) - len(wave))))
 
 
 def audio_tokens(wave):
@@ -437,25 +468,30 @@ def save_speech(folder, i, rng, text, voices):
     return {"audio": f"audio/{i:06}.flac", "voice": voice}
 
 
-def make_part(folder, worker, tasks, settings):
-    """Runs the worker on all tasks in parallel and writes folder/samples.jsonl last; what exists is kept.
+def workers():
+    """A process for each core, with one thread each: they share the cores already."""
+    return multiprocessing.Pool(os.cpu_count(), torch.set_num_threads, (1,))
 
-    `settings.json` says what the folder is made of, so that files of two worlds can't mix.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
+
+def note_settings(folder, settings):
+    """Writes folder/settings.json, or checks it: what the folder is made of, so that two makings can't mix."""
     note = folder / "settings.json"
     if note.exists() and json.loads(note.read_text()) != settings:
         raise BadInput(f"{note}: this folder was made with {note.read_text().strip()}, "
                        f"not with {json.dumps(settings)}: choose another --out, or delete it")
+    with written_whole(note) as temporary:
+        temporary.write_text(json.dumps(settings) + "\n")
+
+
+def make_part(folder, worker, tasks, settings):
+    """Runs the worker on all tasks in parallel and writes folder/samples.jsonl last; what exists is kept."""
+    folder.mkdir(parents=True, exist_ok=True)
+    note_settings(folder, settings)
     if (folder / "samples.jsonl").exists():
         return print(f"{folder}: there already")
     for name in ("images", "audio"):
         (folder / name).mkdir(exist_ok=True)
-    with written_whole(note) as temporary:
-        temporary.write_text(json.dumps(settings) + "\n")
-    # One thread a worker: they share the cores already.
-    pool = multiprocessing.Pool(os.cpu_count(), torch.set_num_threads, (1,))
-    with pool, written_whole(folder / "samples.jsonl") as temporary:
+    with workers() as pool, written_whole(folder / "samples.jsonl") as temporary:
         with open(temporary, "w", encoding="utf-8") as out:
             for lines in tqdm(pool.imap(worker, tasks, chunksize=32), total=len(tasks), desc=str(folder), unit="file"):
                 out.writelines(json.dumps(line) + "\n" for line in lines)
@@ -482,6 +518,9 @@ def make_shapes(args):
 
 
 if __name__ == "__main__":
+    sys.modules["data"] = sys.modules["__main__"]  # sources.py imports this file: the same module, the same BadInput
+    import sources
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     sub = commands.add_parser("shapes", help="make the built-in world")
@@ -497,10 +536,13 @@ if __name__ == "__main__":
     sub.add_argument("text", help="what to say")
     sub.add_argument("--voice", default=VOICES[0], help="an espeak-ng voice, accent+variant")
     sub.add_argument("--out", default="speech.wav", help="where the speech goes (.wav or .flac)")
+    sources.add_commands(commands)
     args = parser.parse_args()
     with readable_errors():
         if args.command == "shapes":
             make_shapes(args)
+        elif args.command != "speak":
+            sources.make(args)
         else:
             wave, rate = speak(args.text, args.voice)
             soundfile.write(args.out, wave, rate)

@@ -9,7 +9,9 @@ One image prefix, two questions, one answer. The image stands before the questio
 encoder and LLM are frozen: so the keys and values of `<system><image>` are the same for teacher and student and need no
 gradient. `prefix` computes them once; `suffix` continues from them with the written or the spoken question.
 
-There is nothing to run here; `python -m pytest tests/test_model.py` checks it against two full passes.
+Two sets of parts fit: the built-in world's tiny ones (`build_lvlm`, `build_audio_encoder`), and the paper's real ones
+(`load_lvlm`, `load_audio_encoder`). There is nothing to run here; `python -m pytest tests/test_model.py` checks it against
+two full passes, tests/test_internvl2.py against the original code's outputs.
 
 Letters in shape comments: B batch, P prefix tokens, S suffix tokens, A audio tokens, N answer tokens in the batch,
 V vocabulary, D width of the LLM, W width of the audio encoder, M mel bins, F mel frames.
@@ -19,23 +21,25 @@ import copy
 import hashlib
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
 import torch
 import transformers
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from torch import nn
 from torch.nn import functional as F
 from transformers import (AutoTokenizer, InternVLConfig, InternVLForConditionalGeneration, PreTrainedTokenizerFast,
-                          WhisperConfig, WhisperFeatureExtractor)
+                          Qwen2Tokenizer, WhisperConfig, WhisperFeatureExtractor)
+from transformers.initialization import no_init_weights
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 import shapes
-from data import AUDIO_SLOT, IGNORE, BadInput
+from data import AUDIO_SLOT, IGNORE, BadInput, fetch, read_json
 
 transformers.utils.logging.disable_progress_bar()  # our own bars show what takes long
 
@@ -236,18 +240,160 @@ def build_audio_encoder():
     return WhisperEncoder(config), WhisperFeatureExtractor(feature_size=40)
 
 
+# ---- the real models -----------------------------------------------------------------------------------------------
+
+SYSTEM_MESSAGE = ("你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，"
+                  "英文名叫InternVL, 是一个有用无害的人工智能助手。")  # InternVL2's own, to the letter
+ORIGINAL_NAMES = (  # OpenGVLab's parameter names, as regular expressions, and transformers'
+    (r"^vision_model\.embeddings\.class_embedding$", "model.vision_tower.embeddings.cls_token"),
+    (r"^vision_model\.embeddings\.position_embedding$", "model.vision_tower.embeddings.position_embeddings"),
+    (r"^vision_model\.embeddings\.patch_embedding\.", "model.vision_tower.embeddings.patch_embeddings.projection."),
+    (r"^vision_model\.encoder\.layers\.", "model.vision_tower.encoder.layer."),
+    (r"\.attn\.proj\.", ".attention.projection_layer."),
+    (r"\.norm1\.", ".layernorm_before."),
+    (r"\.norm2\.", ".layernorm_after."),
+    (r"\.ls([12])$", r".lambda_\1"),
+    (r"^mlp1\.0\.", "model.multi_modal_projector.layer_norm."),
+    (r"^mlp1\.1\.", "model.multi_modal_projector.linear_1."),
+    (r"^mlp1\.3\.", "model.multi_modal_projector.linear_2."),
+    (r"^language_model\.model\.", "model.language_model."),
+    (r"^language_model\.lm_head\.", "lm_head."),
+)
+
+
+def stored_tensors(folder):
+    """(name, tensor) of every tensor in the folder's safetensors, single or sharded. Raises BadInput without any."""
+    index = folder / "model.safetensors.index.json"
+    names = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
+    for path in (folder / name for name in names):
+        if not path.is_file():
+            raise BadInput(f"{path}: no such file; weights are read from safetensors alone, never from pickle (.bin)")
+        try:
+            with safe_open(path, framework="pt") as file:
+                for key in file.keys():
+                    yield key, file.get_tensor(key)
+        except (OSError, SafetensorError) as error:
+            raise BadInput(f"{path}: cannot be read: {error}") from None
+
+
+def native_config(config, image_token_id):
+    """transformers' InternVLConfig for an original InternVL2 config.json (a dict). Raises BadInput if unsupported.
+
+    What must be said though the original does not say it: the native defaults for qkv bias, tied embeddings and rope
+    are others, and every one of them would load without a word and give wrong numbers.
+    """
+    vision, llm = config["vision_config"], config["llm_config"]
+    family = (llm.get("architectures") or ["?"])[0]
+    if family != "Qwen2ForCausalLM" or vision.get("qk_normalization") or vision.get("norm_type") != "layer_norm":
+        encoder = "InternViT-6B" if vision.get("qk_normalization") else "InternViT-300M"
+        raise BadInput(f"this InternVL has {family} and {encoder}; supported are Qwen2 and InternViT-300M (the 1B)")
+    if config.get("ps_version") != "v2" or config.get("select_layer") != -1:
+        raise BadInput("supported is InternVL2's ps_version v2 and select_layer -1, this config.json has "
+                       f"{config.get('ps_version')} and {config.get('select_layer')}")
+    same = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act")
+    vision_config = {key: vision[key] for key in (*same, "image_size", "patch_size", "num_channels", "layer_norm_eps")}
+    vision_config |= {"attention_bias": vision["qkv_bias"], "use_mean_pooling": True}  # the latter: no final norm
+    text_config = {key: llm[key] for key in (*same, "vocab_size", "num_key_value_heads", "rms_norm_eps",
+                                             "max_position_embeddings")}
+    text_config |= {"model_type": "qwen2", "rope_parameters": {"rope_type": "default", "rope_theta": llm["rope_theta"]},
+                    "bos_token_id": llm.get("bos_token_id"), "eos_token_id": llm.get("eos_token_id")}
+    side = vision["image_size"] // vision["patch_size"] * config["downsample_ratio"]
+    return InternVLConfig(vision_config=vision_config, text_config=text_config, image_token_id=image_token_id,
+                          image_seq_length=int(side * side), downsample_ratio=config["downsample_ratio"],
+                          tie_word_embeddings=False)  # lm_head is stored, whatever the original flag says
+
+
+def renamed(tensors):
+    """The original layout's (name, tensor) pairs under transformers' names; the ViT's fused qkv is cut in three."""
+    for key, tensor in tensors:
+        if ".attn.qkv." in key:
+            for name, part in zip(("q_proj", "k_proj", "v_proj"), tensor.chunk(3)):
+                yield from renamed([(key.replace(".attn.qkv.", f".attention.{name}."), part)])
+            continue
+        for pattern, name in ORIGINAL_NAMES:
+            key = re.sub(pattern, name, key)
+        yield key, tensor
+
+
+def load_weights(module, tensors, where):
+    """Copies (name, tensor) pairs into a module as they come. Raises BadInput if a name or a shape is off."""
+    own = module.state_dict()
+    missing, unknown = set(own), []
+    with torch.no_grad():
+        for key, tensor in tensors:
+            if key not in own:
+                unknown.append(key)
+                continue
+            if tensor.shape != own[key].shape:
+                raise BadInput(f"{where}: {key} has the shape {tuple(tensor.shape)}, not {tuple(own[key].shape)}")
+            own[key].copy_(tensor)
+            missing.discard(key)
+    if missing or unknown:
+        raise BadInput(f"{where}: the weights do not fit: {len(missing)} missing {sorted(missing)[:3]}, "
+                       f"{len(unknown)} unknown {sorted(unknown)[:3]}")
+
+
+def load_lvlm(path, image_token_id=None, dtype=torch.float32):
+    """InternVLForConditionalGeneration from a folder or hub id, in OpenGVLab's original layout or transformers' own.
+
+    image_token_id  id of <IMG_CONTEXT>; None: what the folder's tokenizer says (original layout only)
+    No remote code is run and no pickle read. Raises BadInput if the model is unsupported or its weights do not fit.
+    """
+    folder = fetch(path)
+    config = read_json(folder / "config.json")
+    if config.get("model_type") == "internvl":
+        return InternVLForConditionalGeneration.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+    if config.get("model_type") != "internvl_chat":
+        raise BadInput(f"{path}: a model of the type {config.get('model_type')!r}; supported are InternVL2 in its "
+                       "original layout (internvl_chat) and transformers' native one (internvl)")
+    if image_token_id is None:
+        image_token_id = load_tokenizer(folder).convert_tokens_to_ids("<IMG_CONTEXT>")
+    try:
+        config = native_config(config, image_token_id)
+    except (KeyError, BadInput) as error:
+        raise BadInput(f"{path}/config.json: {error if isinstance(error, BadInput) else f'lacks {error}'}") from None
+    with no_init_weights():  # 938 million random numbers that nobody would look at
+        lvlm = InternVLForConditionalGeneration(config).to(dtype)
+    load_weights(lvlm, renamed(stored_tensors(folder)), path)
+    return lvlm.eval()
+
+
+def lvlm_settings(lvlm):
+    """How prompts are made for a real InternVL2: its own system message and tiles; the ASR instruction is ours."""
+    return {"system": SYSTEM_MESSAGE, "image_size": lvlm.config.vision_config.image_size[0],
+            "tokens_per_tile": lvlm.config.image_seq_length, "max_tiles": 6, "instruction": "Transcribe the speech."}
+
+
+def load_tokenizer(folder):
+    """The tokenizer in a folder. InternVL2's is Qwen2's, built from vocab.json and merges.txt without remote code."""
+    try:
+        if (Path(folder) / "tokenizer.json").exists():
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        return Qwen2Tokenizer.from_pretrained(folder)
+    except (OSError, ValueError, TypeError) as error:
+        raise BadInput(f"{folder}: the tokenizer does not load: {' '.join(str(error).split())[:200]}") from None
+
+
+def load_audio_encoder(path, dtype=torch.float32):
+    """(Whisper's encoder, its mel front end) from a Whisper of any size, folder or hub id; the decoder is left out."""
+    folder = fetch(path)
+    if read_json(folder / "config.json").get("model_type") != "whisper":
+        raise BadInput(f"{path}: not a Whisper model")
+    with no_init_weights():
+        encoder = WhisperEncoder(WhisperConfig.from_pretrained(folder)).to(dtype)
+    start = "model.encoder."
+    heard = ((k.removeprefix(start), t) for k, t in stored_tensors(folder) if k.startswith(start))
+    load_weights(encoder, heard, path)
+    return encoder, WhisperFeatureExtractor.from_pretrained(folder)
+
+
 # ---- runs on disk --------------------------------------------------------------------------------------------------
 
 
-def load_lvlm(path, dtype=torch.float32):
-    """InternVLForConditionalGeneration from a folder in transformers' native layout. No remote code, no pickle."""
-    return InternVLForConditionalGeneration.from_pretrained(path, dtype=dtype, use_safetensors=True)
-
-
-def fingerprint(folder):
-    """SHA-256 over the folder's configuration and weights: which base a run was trained on."""
-    digest = hashlib.sha256()
-    for path in sorted([Path(folder) / "config.json", *Path(folder).glob("*.safetensors")]):
+def fingerprint(base):
+    """SHA-256 over a base's configuration and weights (folder or hub id): which one a run was trained on."""
+    folder, digest = fetch(base), hashlib.sha256()
+    for path in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
         digest.update(path.name.encode())
         with open(path, "rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
@@ -257,7 +403,7 @@ def fingerprint(folder):
 def save_run(ollm, folder, training, base=None):
     """Writes what a stage trained into a run folder: safetensors and JSON only, `ollm.json` last.
 
-    base      the run folder whose LVLM this one listens for; None: the LVLM itself was trained and is stored
+    base      folder or hub id of the LVLM this one listens for; None: the LVLM itself was trained and is stored
     training  a dict that tells how (stage, alpha, seed, ...), kept in ollm.json
     Everything is written to a temporary folder first and renamed file by file. Raises BadInput if the disk is full.
     """
@@ -271,7 +417,8 @@ def save_run(ollm, folder, training, base=None):
             ollm.lvlm.save_pretrained(partial)
             ollm.tokenizer.save_pretrained(partial)
         else:
-            about |= {"base": os.path.relpath(base, folder), "base_fingerprint": fingerprint(base)}
+            name = os.path.relpath(base, folder) if Path(base).is_dir() else str(base)
+            about |= {"base": name, "base_fingerprint": fingerprint(base)}
             state = {k: v.contiguous() for k, v in ollm.state_dict().items() if not k.startswith("lvlm.")}
             save_file(state, partial / "model.safetensors", metadata={"format": "pt"})
             ollm.audio_encoder.config.save_pretrained(partial)
@@ -285,38 +432,55 @@ def save_run(ollm, folder, training, base=None):
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def about_run(folder):
-    """The dict in a finished run's ollm.json. Raises BadInput if there is none or it is broken."""
-    path = Path(folder) / "ollm.json"
+def about_run(path):
+    """The dict in a finished run's ollm.json; of an LVLM's folder or hub id, one like it without settings.
+
+    Raises BadInput if it is neither, or broken.
+    """
+    path = Path(path)
     try:
-        about = json.loads(path.read_text())
+        about = json.loads((path / "ollm.json").read_text())
         assert {"settings", "base", "training"} <= set(about)
         return about
     except FileNotFoundError:
-        raise BadInput(f"{folder}: not a finished run (it has no ollm.json)") from None
+        on_hub = not path.exists() and len(path.parts) == 2 and not path.is_absolute()
+        config = path / "config.json"
+        if on_hub or config.exists() and str(read_json(config).get("model_type")).startswith("internvl"):
+            return {"settings": None, "base": None, "training": {"stage": "vision-text", "alpha": 0.0, "seed": 0}}
+        raise BadInput(f"{path}: not a finished run (it has no ollm.json)") from None
     except (OSError, ValueError, AssertionError, TypeError) as error:
-        raise BadInput(f"{path}: broken: {error or 'keys are missing'}") from None
+        raise BadInput(f"{path / 'ollm.json'}: broken: {error or 'keys are missing'}") from None
 
 
-def load_run(folder):
+def base_of(path):
+    """The LVLM that a run listens for, folder or hub id; an LVLM is its own."""
+    base = about_run(path)["base"]
+    if base is None:
+        return path
+    beside = Path(os.path.normpath(Path(path) / base))
+    return beside if beside.is_dir() else base
+
+
+def load_run(path):
     """The OLLM of a run folder: its own LVLM, or its base's with the audio encoder and projector stored here.
 
-    Raises BadInput if a file is missing or broken, the base is another than the one trained on, or shapes do not fit.
+    An LVLM's folder or hub id gives an OLLM that cannot listen yet. Raises BadInput if a file is missing or broken, the
+    base is another than the one trained on, or shapes do not fit.
     """
-    folder, about = Path(folder), about_run(folder)
-    base = folder if about["base"] is None else Path(os.path.normpath(folder / about["base"]))
+    about, base = about_run(path), base_of(path)
     try:
-        if base != folder and fingerprint(base) != about["base_fingerprint"]:
-            raise BadInput(f"{folder}: was trained on another base than the one that lies in {base} now")
-        lvlm, tokenizer = load_lvlm(base), AutoTokenizer.from_pretrained(base)
-        if base == folder:
-            return OLLM(lvlm, tokenizer, about["settings"])
-        encoder = WhisperEncoder(WhisperConfig.from_pretrained(folder))
-        ollm = OLLM(lvlm, tokenizer, about["settings"], encoder, WhisperFeatureExtractor.from_pretrained(folder))
-        missing, unknown = ollm.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
+        if base != path and fingerprint(base) != about["base_fingerprint"]:
+            raise BadInput(f"{path}: was trained on another base than the one that lies in {base} now")
+        lvlm, tokenizer = load_lvlm(base), load_tokenizer(fetch(base))
+        settings = about["settings"] or lvlm_settings(lvlm)
+        if base == path:
+            return OLLM(lvlm, tokenizer, settings)
+        folder = Path(path)
+        with no_init_weights():
+            encoder = WhisperEncoder(WhisperConfig.from_pretrained(folder))
+        ollm = OLLM(lvlm, tokenizer, settings, encoder, WhisperFeatureExtractor.from_pretrained(folder))
+        listening = nn.ModuleDict({"audio_encoder": ollm.audio_encoder, "projector": ollm.projector})
+        load_weights(listening, stored_tensors(folder), folder)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise BadInput(f"{folder}: the run does not load: {' '.join(str(error).split())[:300]}") from None
-    missing = [key for key in missing if not key.startswith("lvlm.")]
-    if missing or unknown:
-        raise BadInput(f"{folder}/model.safetensors: lacks {missing[:3]}, has unknown {unknown[:3]}")
+        raise BadInput(f"{path}: the run does not load: {' '.join(str(error).split())[:300]}") from None
     return ollm

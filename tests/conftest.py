@@ -1,20 +1,33 @@
 """A small built-in world and tiny models of the real classes, shared by all tests. No network, no accelerator."""
 
+import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = Path(__file__).parent.parent
+FIXTURES = Path(__file__).parent / "fixtures"
 sys.path.insert(0, str(ROOT))
 
 import pytest
 import torch
+from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration
 
 import data
 import model
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: minutes and gigabytes; run only when asked for, by `-m slow`")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.option.markexpr:
+        items[:] = [item for item in items if "slow" not in item.keywords]
 
 
 def run_script(*arguments, cwd, processes=0, timeout=170, largest_file=None):
@@ -56,3 +69,33 @@ def collate(ollm, samples, **options):
     for key in ("pixels", "mel"):
         batch[key] = batch[key] if batch[key] is None else batch[key].to(ollm.projector.weight.dtype)
     return batch
+
+
+def build_internvl2(folder):
+    """A tiny InternVL2 in OpenGVLab's layout: the fixture's weights and a byte-pair tokenizer of its 200 ids."""
+    folder = folder / "internvl2"
+    shutil.copytree(FIXTURES / "internvl2_tiny_a", folder)
+    special = json.loads((folder / "fixture.json").read_text())["special_token_ids"]
+    letters = [chr(i) for i in range(33, 127)] + ["\u0120", "\u010a"]  # byte-pair names of a space and a new line
+    words = letters + [f"\u0120{c}{d}" for c in "abcdefgh" for d in "aeiourstnlm,"]
+    vocabulary = {word: i for i, word in enumerate(words[:min(special.values())])}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    tokens = {str(i): {"content": t, "lstrip": False, "rstrip": False, "normalized": False, "single_word": False,
+                       "special": True} for t, i in special.items()}
+    (folder / "tokenizer_config.json").write_text(json.dumps(
+        {"added_tokens_decoder": tokens, "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>",
+         "tokenizer_class": "Qwen2Tokenizer", "model_max_length": 512}))
+    return folder
+
+
+def build_whisper(folder):
+    """A tiny Whisper with decoder and large-v3's 128 mel bins, as transformers saves it."""
+    torch.manual_seed(0)
+    config = WhisperConfig(num_mel_bins=128, d_model=32, encoder_layers=2, encoder_attention_heads=2,
+                           encoder_ffn_dim=64, decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=64,
+                           vocab_size=100, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+                           init_std=0.1)
+    WhisperForConditionalGeneration(config).save_pretrained(folder)
+    WhisperFeatureExtractor(feature_size=128).save_pretrained(folder)
+    return folder

@@ -213,11 +213,11 @@ def test_runs_can_be_moved_together(runs, tmp_path):
 @pytest.mark.parametrize("spoil, message", [
     (lambda f: (f / "base/model.safetensors").write_bytes(b"x" * 99), "another base"),
     (lambda f: (f / "audio/model.safetensors").write_bytes((f / "audio/model.safetensors").read_bytes()[:5000]),
-     "does not load"),
+     "cannot be read"),
     (lambda f: (f / "audio/ollm.json").write_text("{"), "broken"),
     (lambda f: (f / "audio/ollm.json").unlink(), "not a finished run"),
     (lambda f: (f / "audio/config.json").write_text(json.dumps(
-        json.loads((f / "audio/config.json").read_text()) | {"d_model": 64})), "does not load"),
+        json.loads((f / "audio/config.json").read_text()) | {"d_model": 64})), "has the shape"),
 ])
 def test_a_run_that_does_not_fit_is_refused_in_one_line(runs, tmp_path, spoil, message):
     shutil.copytree(runs[0], tmp_path / "spoilt")

@@ -1,0 +1,82 @@
+"""Stand-ins of true size with random weights, in the layouts that the real ones are published in.
+
+    python tests/true_size.py /tmp/standins      # 1.9 GB as InternVL2-1B, 1.3 GB as Whisper-large-v3's encoder
+
+They show that the loading code and a training step take a real checkpoint's shapes, time and memory. They know nothing.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from conftest import build_internvl2
+from safetensors.torch import save_file
+from transformers import WhisperConfig, WhisperFeatureExtractor
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+VISION = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096,
+          "image_size": 448, "patch_size": 14, "num_channels": 3, "hidden_act": "gelu", "norm_type": "layer_norm",
+          "layer_norm_eps": 1e-6, "qkv_bias": True, "qk_normalization": False}
+LLM = {"architectures": ["Qwen2ForCausalLM"], "hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14,
+       "num_key_value_heads": 2, "intermediate_size": 4864, "vocab_size": 151655, "hidden_act": "silu",
+       "rms_norm_eps": 1e-6, "rope_theta": 1e6, "max_position_embeddings": 32768, "tie_word_embeddings": False}
+
+
+def shapes():
+    """{name: shape} of OpenGVLab/InternVL2-1B's 637 tensors, 938,158,976 numbers."""
+    w, wide, d, ffn, v = 1024, 4096, 896, 4864, 151655
+    names = {"vision_model.embeddings.class_embedding": (1, 1, w),
+             "vision_model.embeddings.position_embedding": (1, 1025, w),
+             "vision_model.embeddings.patch_embedding.weight": (w, 3, 14, 14),
+             "vision_model.embeddings.patch_embedding.bias": (w,),
+             "mlp1.0.weight": (4 * w,), "mlp1.0.bias": (4 * w,), "mlp1.1.weight": (d, 4 * w), "mlp1.1.bias": (d,),
+             "mlp1.3.weight": (d, d), "mlp1.3.bias": (d,), "language_model.model.embed_tokens.weight": (v, d),
+             "language_model.model.norm.weight": (d,), "language_model.lm_head.weight": (v, d)}
+    for n in range(24):
+        layer = {"attn.qkv.weight": (3 * w, w), "attn.qkv.bias": (3 * w,), "attn.proj.weight": (w, w),
+                 "attn.proj.bias": (w,), "norm1.weight": (w,), "norm1.bias": (w,), "norm2.weight": (w,),
+                 "norm2.bias": (w,), "ls1": (w,), "ls2": (w,), "mlp.fc1.weight": (wide, w), "mlp.fc1.bias": (wide,),
+                 "mlp.fc2.weight": (w, wide), "mlp.fc2.bias": (w,)}
+        names |= {f"vision_model.encoder.layers.{n}.{key}": shape for key, shape in layer.items()}
+        layer = {"input_layernorm.weight": (d,), "post_attention_layernorm.weight": (d,),
+                 "self_attn.q_proj.weight": (d, d), "self_attn.q_proj.bias": (d,), "self_attn.k_proj.weight": (128, d),
+                 "self_attn.k_proj.bias": (128,), "self_attn.v_proj.weight": (128, d), "self_attn.v_proj.bias": (128,),
+                 "self_attn.o_proj.weight": (d, d), "mlp.gate_proj.weight": (ffn, d), "mlp.up_proj.weight": (ffn, d),
+                 "mlp.down_proj.weight": (d, ffn)}
+        names |= {f"language_model.model.layers.{n}.{key}": shape for key, shape in layer.items()}
+    return names
+
+
+def random_tensor(name, shape, dtype):
+    """Small weights, and norms and layer scales that neither silence nor explode."""
+    if "norm" in name and name.endswith("weight") or name == "mlp1.0.weight":
+        return torch.ones(shape, dtype=dtype)
+    return (torch.randn(shape) * (0.1 if ".ls" in name else 0.02)).to(dtype)
+
+
+def build(folder):
+    """Writes both; returns their folders."""
+    torch.manual_seed(0)
+    internvl2, whisper = build_internvl2(folder), folder / "whisper-large-v3"
+    (internvl2 / "reference.safetensors").unlink()
+    (internvl2 / "config.json").write_text(json.dumps({
+        "model_type": "internvl_chat", "downsample_ratio": 0.5, "ps_version": "v2", "select_layer": -1,
+        "vision_config": VISION, "llm_config": LLM}))
+    save_file({name: random_tensor(name, shape, torch.bfloat16) for name, shape in shapes().items()},
+              internvl2 / "model.safetensors")
+    config = WhisperConfig(num_mel_bins=128, d_model=1280, encoder_layers=32, encoder_attention_heads=20,
+                           encoder_ffn_dim=5120)
+    with torch.device("meta"):
+        state = WhisperEncoder(config).state_dict()
+    config.save_pretrained(whisper)
+    WhisperFeatureExtractor(feature_size=128).save_pretrained(whisper)
+    save_file({f"model.encoder.{name}": random_tensor(name, t.shape, torch.float16) for name, t in state.items()},
+              whisper / "model.safetensors")
+    return internvl2, whisper
+
+
+if __name__ == "__main__":
+    out = Path(sys.argv[1])
+    out.mkdir(parents=True, exist_ok=True)
+    print(*build(out), sep="\n")
