@@ -4,6 +4,7 @@
     torchrun train.py --alpha 0                            # the same start, conventional SFT
     torchrun --nproc_per_node 2 train.py --alpha 0.75      # the same steps on two processes
     python train.py --stage audio-text --max-steps 20      # one stage, a few steps, without torchrun
+    torchrun --nproc_per_node 8 train.py --preset internvl2-1b --alpha 0.75 --data FOLDER      # the paper's own run
 
 | --stage      | input -> target                     | trained                     |
 | vision-text  | image + written question -> answer  | the LVLM (built-in world only; real ones come trained) |
@@ -12,6 +13,7 @@
 
 A stage starts from what the one before it left in its default folder; what is missing is made first. One epoch, AdamW,
 cosine. Runs go to runs/<preset>/<stage>-s<seed>, and the last stage's to runs/<preset>/vision-audio-a<alpha>-s<seed>.
+What is interrupted goes on from its last checkpoint when the same command is given again.
 
 Letters in shape comments: N answer tokens in the batch, V vocabulary.
 """
@@ -30,6 +32,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -45,9 +49,16 @@ PRESETS = {  # by stage: peak learning rate, samples a step over all processes, 
         "audio-text": {"lr": 1.5e-3, "global_batch": 8, "micro_batch": 8},
         "vision-audio": {"lr": 1e-3, "global_batch": 8, "micro_batch": 8},
     },
+    "internvl2-1b": {  # section 4.1; the micro-batches are ours
+        "audio-text": {"lr": 4e-5, "global_batch": 128, "micro_batch": 16},
+        "vision-audio": {"lr": 4e-5, "global_batch": 64, "micro_batch": 8},
+    },
 }
+MODELS = {"internvl2-1b": ("OpenGVLab/InternVL2-1B", "openai/whisper-large-v3")}  # LVLM and Whisper, hub ids
 WARMUP = 0.03  # share of the steps
 CLIP = 1.0  # largest norm of a gradient
+CHECKPOINT = "checkpoint.safetensors"  # in a run folder, while the run is under way
+MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW remembers of each parameter
 
 
 def learning_rate(step, steps, peak):
@@ -154,70 +165,144 @@ def run_folder(preset, stage, alpha, seed):
     return Path("runs") / preset / (f"{stage}-a{alpha:g}-s{seed}" if stage == "vision-audio" else f"{stage}-s{seed}")
 
 
-def start_model(stage, init, seed):
-    """(the model a stage begins with, frozen but for what the stage trains; the run folder of its LVLM, or None)."""
+def start_model(stage, init, whisper, seed):
+    """(the model a stage begins with, frozen but for what the stage trains; its LVLM's folder or hub id, or None).
+
+    init     run folder, or for audio-text also the folder or hub id of an LVLM; whisper: likewise of a Whisper
+    """
     torch.manual_seed(seed)
     if stage == "vision-text":
         ollm, base = model.OLLM(*model.build_lvlm()), None
     else:
-        ollm, about = model.load_run(init), model.about_run(init)
-        base = init if about["base"] is None else Path(os.path.normpath(Path(init) / about["base"]))
-        if stage == "audio-text" and ollm.audio_encoder is None:
-            ollm = model.OLLM(ollm.lvlm, ollm.tokenizer, ollm.settings, *model.build_audio_encoder())
-        if ollm.audio_encoder is None:
-            raise BadInput(f"{init}: has no audio encoder; the stage vision-audio starts from an audio-text run")
+        ollm, base = model.load_run(init), model.base_of(init)
+    if stage == "audio-text" and ollm.audio_encoder is None:
+        listening = model.load_audio_encoder(whisper) if whisper else model.build_audio_encoder()
+        ollm = model.OLLM(ollm.lvlm, ollm.tokenizer, ollm.settings, *listening)
+    if stage == "vision-audio" and ollm.audio_encoder is None:
+        raise BadInput(f"{init}: has no audio encoder; the stage vision-audio starts from an audio-text run")
     ollm.train_only(stage)
+    return ollm, base
+
+
+def save_checkpoint(path, step, trained, optimizer, about):
+    """What it takes to go on after `step` steps: weights and AdamW's moments, whole or not at all."""
+    tensors = {f"weight.{name}": p.detach() for name, p in trained.items()}
+    for moment in MOMENTS:
+        tensors |= {f"{moment}.{name}": optimizer.state[p][moment] for name, p in trained.items()}
+    try:
+        with data.written_whole(path) as temporary:
+            save_file(tensors, temporary, metadata={"step": str(step), "about": json.dumps(about)})
+    except (OSError, SafetensorError) as error:
+        raise BadInput(f"could not save the checkpoint {path}: {error}") from None
+
+
+def load_checkpoint(path, trained, optimizer, about):
+    """Puts a checkpoint back and returns how many steps it has behind it; 0 if there is none.
+
+    Raises BadInput if it is broken or belongs to another training than `about` says.
+    """
+    if not path.exists():
+        return 0
+    try:
+        with safe_open(path, framework="pt") as file:
+            stored = json.loads(file.metadata()["about"])
+            if stored != about:
+                other = {key: stored.get(key) for key in about if stored.get(key) != about[key]}
+                raise BadInput(f"{path}: belongs to a training with {other}: delete it, or choose another --out")
+            for name, p in trained.items():
+                p.data.copy_(file.get_tensor(f"weight.{name}"))
+                moments = {m: file.get_tensor(f"{m}.{name}").to(p.device) for m in MOMENTS}
+                optimizer.state[p] = {"step": torch.tensor(float(file.metadata()["step"]), device=p.device), **moments}
+            return int(file.metadata()["step"])
+    except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+        raise BadInput(f"{path}: does not load ({error}): delete it to begin anew") from None
+
+
+def open_log(path, first):
+    """The run's log, cut to the `first` steps that are kept, open for those to come."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kept = path.read_text().splitlines(keepends=True)[:first] if first else []
+    with data.written_whole(path) as temporary:
+        temporary.write_text("".join(kept))
+    return open(path, "a")
+
+
+def steps_of_an_epoch(samples, ollm, stage, chosen, seed, processes):
+    """The epoch's steps, each this rank's micro-batches; see `Steps`."""
+    collate = functools.partial(data.collate, tokenizer=ollm.tokenizer, mel_extractor=ollm.mel_extractor,
+                                settings=ollm.settings, stretch_seed=seed if stage == "vision-text" else None)
+    dealt = functools.partial(deal, epoch_order(samples.rows, seed), global_batch=chosen["global_batch"],
+                              micro_batch=chosen["micro_batch"], length=samples.length, rank=processes[0],
+                              world=processes[1])
+    return Steps(samples, collate, dealt, math.ceil(len(samples) / chosen["global_batch"]))
+
+
+def checked_norm(trained, step, loss, micro_batches):
+    """Clips the gradient and returns the norm that it had; raises BadInput if it or the loss is not a number."""
+    norm = torch.nn.utils.clip_grad_norm_(trained.values(), CLIP).item()
+    if not math.isfinite(loss + norm):
+        raise BadInput(f"step {step}: loss {loss}, gradient norm {norm}; stopped before the weights were touched. "
+                       f"Samples: {[i for _, ids in micro_batches for i in ids]}")
+    return norm
+
+
+def prepare_model(args, stage, init, whisper, device):
+    """The model of a stage on its device, in its precision, with the command line's tiles and seconds; and its base."""
+    ollm, base = start_model(stage, init, whisper, args.seed)
+    ollm.settings |= {k: v for k in ("max_tiles", "audio_seconds") if (v := getattr(args, k)) is not None}
+    ollm = (model.to_float64(ollm) if args.float64 else ollm).to(device)
+    if device.type == "cuda" and stage != "vision-text":
+        ollm.lvlm.to(torch.bfloat16)  # frozen: no update is too small for it
     return ollm, base
 
 
 def train_stage(args, stage, init, data_folder, out, chosen, processes):
     """One stage, one epoch: reads `data_folder`, starts from the run `init`, leaves a run in `out`.
 
-    chosen: {"lr", "global_batch", "micro_batch", "max_steps"}; processes: (rank, world, device)
+    chosen     {"lr", "global_batch", "micro_batch", "max_steps", "save_every", "whisper"}
+    processes  (rank, world, device)
     """
     rank, world, device = processes
-    lr, global_batch, alpha = chosen["lr"], chosen["global_batch"], args.alpha if stage == "vision-audio" else 0.0
-    ollm, base = start_model(stage, init, args.seed)
-    ollm = model.to_float64(ollm) if args.float64 else ollm
+    lr, alpha = chosen["lr"], args.alpha if stage == "vision-audio" else 0.0
+    ollm, base = prepare_model(args, stage, init, chosen["whisper"], device)
     samples = data.Samples(data_folder, ollm.settings, STAGES[stage])
-    collate = functools.partial(data.collate, tokenizer=ollm.tokenizer, mel_extractor=ollm.mel_extractor,
-                                settings=ollm.settings, stretch_seed=args.seed if stage == "vision-text" else None)
-    steps = math.ceil(len(samples) / global_batch)
-    n_steps = min(steps, chosen["max_steps"] or steps)
-    dealt = functools.partial(deal, epoch_order(samples.rows, args.seed), global_batch=global_batch,
-                              micro_batch=chosen["micro_batch"], length=samples.length, rank=rank, world=world)
-    loader = torch.utils.data.DataLoader(Steps(samples, collate, dealt, n_steps), batch_size=None)
-    trained = [p for p in ollm.to(device).parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+    steps = steps_of_an_epoch(samples, ollm, stage, chosen, args.seed, processes)
+    n_steps = min(len(steps), chosen["max_steps"] or len(steps))
+    trained = {name: p for name, p in ollm.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(trained.values(), lr=lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+    training = {"stage": stage, "alpha": alpha, "temperature": args.temperature, "seed": args.seed, "lr": lr,
+                "global_batch": chosen["global_batch"], "data": str(data_folder), "init": str(init)}
+    first = load_checkpoint(out / CHECKPOINT, trained, optimizer, training)
     # Text-only micro-batches leave the vision encoder without gradient, which DDP must be told.
     wrapped = DistributedDataParallel(ollm, find_unused_parameters=stage == "vision-text") if world > 1 else ollm
+    log = open_log(out / "log.jsonl", first) if rank == 0 else None
     if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        print(f"{stage}: {len(samples)} samples of {data_folder}, {n_steps} steps of {global_batch} on {world} x "
-              f"{device}, lr {lr:g}, {sum(p.numel() for p in trained):,} parameters trained")
-    started, log = time.time(), open(out / "log.jsonl", "w") if rank == 0 else None
-    bar = tqdm(loader, desc=stage, unit="step", disable=rank > 0, mininterval=1)
-    for step, micro_batches in enumerate(bar):
+        print(f"{stage}: {len(samples)} samples of {data_folder}, {n_steps} steps of {chosen['global_batch']} on "
+              f"{world} x {device}, lr {lr:g}, {sum(p.numel() for p in trained.values()):,} parameters trained"
+              + (f"; going on after step {first} of an interrupted run" if first else ""))
+    started = time.time()
+    loader = torch.utils.data.DataLoader(steps, batch_size=None, sampler=range(first, n_steps))
+    bar = tqdm(loader, desc=stage, unit="step", disable=rank > 0, mininterval=1, initial=first, total=n_steps)
+    for step, micro_batches in enumerate(bar, first):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, lr)
+            group["lr"] = learning_rate(step, len(steps), lr)
         loss, kl, ce = train_step(wrapped, micro_batches, alpha, args.temperature, device, world)
-        norm = torch.nn.utils.clip_grad_norm_(trained, CLIP).item()
-        if not math.isfinite(loss + norm):
-            raise BadInput(f"step {step}: loss {loss}, gradient norm {norm}; stopped before the weights were touched. "
-                           f"Samples: {[i for _, ids in micro_batches for i in ids]}")
+        norm = checked_norm(trained, step, loss, micro_batches)
         optimizer.step()
         optimizer.zero_grad()
-        if rank == 0:
-            speed = (step + 1) * global_batch / (time.time() - started)
-            line = {"step": step, "loss": loss, "kl": kl, "ce": ce, "lr": group["lr"], "grad_norm": norm}
-            log.write(json.dumps({**line, "time": {"samples_per_s": speed}}) + "\n")
-            bar.set_postfix_str(f"loss {loss:.3f} kl {kl:.3f} ce {ce:.3f} lr {group['lr']:.1e} |g| {norm:.2f} "
-                                f"{speed:.0f} samples/s", refresh=False)
+        if rank > 0:
+            continue
+        speed = (step + 1 - first) * chosen["global_batch"] / (time.time() - started)
+        line = {"step": step, "loss": loss, "kl": kl, "ce": ce, "lr": group["lr"], "grad_norm": norm}
+        print(json.dumps({**line, "time": {"samples_per_s": speed}}), file=log, flush=True)
+        bar.set_postfix_str(f"loss {loss:.3f} kl {kl:.3f} ce {ce:.3f} lr {group['lr']:.1e} |g| {norm:.2f} "
+                            f"{speed:.0f} samples/s", refresh=False)
+        if (step + 1) % chosen["save_every"] == 0 and step + 1 < n_steps:
+            save_checkpoint(out / CHECKPOINT, step + 1, trained, optimizer, training)
     if rank == 0:
         log.close()
-        training = {"stage": stage, "alpha": alpha, "temperature": args.temperature, "seed": args.seed, "lr": lr,
-                    "global_batch": global_batch, "steps": n_steps, "data": str(data_folder), "init": str(init)}
-        model.save_run(ollm, out, training, base)
+        model.save_run(ollm, out, {**training, "steps": n_steps}, base)
+        (out / CHECKPOINT).unlink(missing_ok=True)
         print(f"{stage}: finished in {time.time() - started:.0f} s, the run lies in {out}")
     if world > 1:
         dist.barrier()
@@ -231,21 +316,47 @@ def parse_arguments():
     parser.add_argument("--alpha", type=float, default=0.75, help="weight of the KL; 0 is SFT, 1 is distillation alone")
     parser.add_argument("--temperature", type=float, default=1.0, help="of both distributions in the KL")
     parser.add_argument("--data", help="prepared folder of the stage (default: the built-in world's)")
-    parser.add_argument("--init", help="run folder the stage starts from (default: that of the stage before it)")
+    parser.add_argument("--init", help="run folder the stage starts from (default: that of the stage before it); "
+                        "for audio-text also the folder or hub id of an InternVL2")
+    parser.add_argument("--whisper", help="folder or hub id of the Whisper that audio-text starts from")
+    parser.add_argument("--max-tiles", type=data.at_least_one, help="squares a picture is cut into, thumbnail aside")
+    parser.add_argument("--audio-seconds", type=float, help="pad speech to so many seconds; 30 is plain Whisper "
+                        "(default: its real length)")
     parser.add_argument("--out", help="run folder that the stage leaves")
     parser.add_argument("--seed", type=int, default=0, help="of the start, the order and the built-in data")
     parser.add_argument("--max-steps", type=data.at_least_one, help="stop early; the cosine keeps its full length")
+    parser.add_argument("--save-every", type=data.at_least_one, help="steps between checkpoints (default: 500); an "
+                        "interrupted run goes on from the last one")
     parser.add_argument("--global-batch", type=data.at_least_one, help="samples a step, over all processes")
     parser.add_argument("--micro-batch", type=data.at_least_one, help="samples a forward pass")
     parser.add_argument("--lr", type=float, help="peak learning rate")
     parser.add_argument("--device", choices=["cpu", "cuda", "mps"], help="default: the best there is")
     parser.add_argument("--float64", action="store_true", help="double precision, to compare runs exactly")
     args = parser.parse_args()
+    if args.stage not in PRESETS[args.preset]:
+        parser.error(f"the preset {args.preset} has no stage {args.stage}: its LVLM comes trained")
     if not 0 <= args.alpha <= 1:
         parser.error(f"--alpha is a weight between 0 and 1, not {args.alpha}")
     if args.temperature <= 0:
         parser.error(f"--temperature must be above 0, not {args.temperature}")
+    if args.audio_seconds is not None and not 0 < args.audio_seconds <= data.MAX_SECONDS:
+        parser.error(f"--audio-seconds is between 0 and {data.MAX_SECONDS}, not {args.audio_seconds}")
     return args
+
+
+def prepared_data(args, stage, rank):
+    """The stage's default data folder; the built-in world is made if it is missing, real data is asked for."""
+    folder = Path(f"runs/{args.preset}/data-s{args.seed}/{stage}")
+    if (folder / "samples.jsonl").exists() or rank > 0:
+        return folder
+    if args.preset != "shapes":
+        raise BadInput(f"{folder}: no data for the stage {stage}. Prepare some (`python data.py --help` lists the "
+                       f"sources) and name it: --stage {stage} --data FOLDER")
+    command = [sys.executable, str(Path(__file__).with_name("data.py")), "shapes", "--seed", str(args.seed)]
+    print(f"{folder} is missing; running: python data.py shapes --seed {args.seed}")
+    if subprocess.run(command).returncode:
+        raise BadInput("the built-in world could not be made (see above)")
+    return folder
 
 
 def main():
@@ -254,11 +365,12 @@ def main():
     processes = set_up_processes(args.device)
     rank, world, _ = processes
     say = print if rank == 0 else lambda *_: None
-    say("This is the built-in world: drawn pictures, synthetic speech, tiny models. The paper's own run, on InternVL2-1B "
-        "and Whisper-large-v3, is not part of this version.")
-    world_folder = Path(f"runs/{args.preset}/data-s{args.seed}")
-    before = None
-    for stage in list(STAGES)[: list(STAGES).index(args.stage) + 1]:
+    if args.preset == "shapes":
+        say("This is the built-in world: drawn pictures, synthetic speech, tiny models. The paper's own run is:\n"
+            "    torchrun --nproc_per_node 8 train.py --preset internvl2-1b --alpha 0.75 --data FOLDER")
+    lvlm, whisper = MODELS.get(args.preset, (None, None))
+    stages, before = list(PRESETS[args.preset]), lvlm
+    for stage in stages[: stages.index(args.stage) + 1]:
         asked = stage == args.stage
         out = Path(asked and args.out or run_folder(args.preset, stage, args.alpha, args.seed))
         init = asked and args.init or before
@@ -268,20 +380,18 @@ def main():
         if asked and (out / "ollm.json").exists():
             say(f"{stage}: finished already, the run lies in {out} (delete it to train it again)")
             break
-        folder = Path(asked and args.data or world_folder / stage)
-        if not (asked and args.data) and not (folder / "samples.jsonl").exists() and rank == 0:
-            command = [sys.executable, str(Path(__file__).with_name("data.py")), "shapes", "--seed", str(args.seed)]
-            say(f"{folder} is missing; running: python data.py shapes --seed {args.seed}")
-            if subprocess.run(command).returncode:
-                raise BadInput("the built-in world could not be made (see above)")
+        folder = Path(asked and args.data or prepared_data(args, stage, rank))
         if world > 1:
             dist.barrier()
-        chosen = {"max_steps": None, **PRESETS[args.preset][stage]}
+        chosen = {"max_steps": None, "save_every": 500, "whisper": whisper, **PRESETS[args.preset][stage]}
         if asked:
             chosen |= {name: getattr(args, name) for name in chosen if getattr(args, name) is not None}
         train_stage(args, stage, init, folder, out, chosen, processes)
-    say(f"\nThe result lies in {out}. To look at it:\n    python eval.py --seed {args.seed}        # text against speech, "
-        "every run of this seed side by side")
+    say(f"\nThe result lies in {out}. To look at it:")
+    if args.preset == "shapes":
+        say(f"    python eval.py --seed {args.seed}        # text against speech, every run of this seed side by side")
+    else:
+        say(f'    python eval.py {out} --image PICTURE --question "..."        # in writing, and aloud by TTS')
     if world > 1:
         dist.destroy_process_group()
 

@@ -3,12 +3,16 @@
 import json
 import math
 import shutil
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
-from conftest import build_ollm, run_script
+from conftest import ROOT, build_ollm, run_script
 
 import model
+from safetensors.torch import load_file, save_file
 import train
 
 
@@ -68,7 +72,7 @@ def test_processes_compute_the_same_steps_as_one(start, world, tmp_path, process
     for a, b in zip(losses(tmp_path / "one"), losses(tmp_path / "many"), strict=True):
         for key in ("loss", "kl", "ce", "grad_norm", "lr"):
             assert a[key] == pytest.approx(b[key], rel=1e-9), (a["step"], key)
-    states = [model.load_file(tmp_path / name / "model.safetensors") for name in ("one", "many")]
+    states = [load_file(tmp_path / name / "model.safetensors") for name in ("one", "many")]
     for key, value in states[0].items():
         torch.testing.assert_close(value, states[1][key], rtol=1e-6, atol=1e-9)
 
@@ -136,9 +140,9 @@ def test_what_cannot_work_is_one_clear_line(start, world, tmp_path, arguments, m
 
 def test_a_loss_that_is_no_number_stops_before_the_weights_are_touched(start, world, tmp_path):
     shutil.copytree(start, tmp_path / "start")
-    state = model.load_file(tmp_path / "start/audio/model.safetensors")
+    state = load_file(tmp_path / "start/audio/model.safetensors")
     state["projector.bias"][0] = float("nan")
-    model.save_file(state, tmp_path / "start/audio/model.safetensors")
+    save_file(state, tmp_path / "start/audio/model.safetensors")
     done = run_script("train.py", "--init", tmp_path / "start/audio", "--data", world / "vision-audio", "--out",
                       tmp_path / "out", cwd=tmp_path)
     assert done.returncode == 1 and "stopped before the weights were touched" in done.stderr
@@ -150,3 +154,26 @@ def test_no_room_for_a_checkpoint_is_one_line_and_leaves_nothing_half_written(st
                       "--out", tmp_path / "out", cwd=tmp_path, largest_file=300_000)
     assert done.returncode == 1 and "could not save the run" in done.stderr and "Traceback" not in done.stderr
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["log.jsonl"]
+
+
+def test_an_interrupted_run_goes_on_from_its_checkpoint_as_if_nothing_had_happened(start, world, tmp_path):
+    options = ["--init", start / "audio", "--data", world / "vision-audio", "--global-batch", 10, "--float64",
+               "--device", "cpu", "--seed", 4]
+    whole = run_script("train.py", *options, "--out", tmp_path / "whole", cwd=tmp_path)
+    assert whole.returncode == 0, whole.stderr
+    out = tmp_path / "cut"
+    command = [sys.executable, ROOT / "train.py", *map(str, options), "--out", out, "--save-every", "3"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not (out / "checkpoint.safetensors").exists():
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() != 0 and not (out / "ollm.json").exists()
+    other = run_script("train.py", *options, "--alpha", 0, "--out", out, cwd=tmp_path)
+    assert other.returncode == 1 and "belongs to a training with {'alpha': 0.75}" in other.stderr
+    again = run_script("train.py", *options, "--out", out, "--save-every", 3, cwd=tmp_path)
+    assert again.returncode == 0 and "going on after step" in again.stdout, again.stderr
+    for a, b in zip(losses(tmp_path / "whole"), losses(out), strict=True):
+        assert {k: v for k, v in a.items() if k != "time"} == {k: v for k, v in b.items() if k != "time"}
+    states = [load_file(folder / "model.safetensors") for folder in (tmp_path / "whole", out)]
+    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
+    assert not (out / "checkpoint.safetensors").exists()
