@@ -1,8 +1,11 @@
 """A small built-in world and tiny models of the real classes, shared by all tests. No network, no accelerator."""
 
+import contextlib
+import io
 import json
 import os
 import resource
+import runpy
 import shutil
 import subprocess
 import sys
@@ -41,6 +44,21 @@ def run_script(*arguments, cwd, processes=0, timeout=170, largest_file=None):
     command = launcher + [str(ROOT / arguments[0]), *map(str, arguments[1:])]
     limit = largest_file and (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file)))
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout, preexec_fn=limit)
+
+
+def run_here(script, *arguments, cwd):
+    """The same as run_script for train.py, eval.py and mmalign.py, in this process: no seconds for starting one."""
+    out, errors, code = io.StringIO(), io.StringIO(), 0
+    argv, sys.argv = sys.argv, [script, *map(str, arguments)]
+    try:
+        with contextlib.chdir(cwd), contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+    except SystemExit as exit:  # a message goes to stderr and means 1, as Python does it
+        code = exit.code if isinstance(exit.code, int) else int(exit.code is not None)
+        errors.write(f"{exit.code}\n" if isinstance(exit.code, str) else "")
+    finally:
+        sys.argv = argv
+    return subprocess.CompletedProcess(script, code, out.getvalue(), errors.getvalue())
 
 
 @pytest.fixture(scope="session")

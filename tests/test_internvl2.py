@@ -20,7 +20,7 @@ import PIL
 import pytest
 import torch
 import true_size
-from conftest import FIXTURES, ROOT, build_internvl2, build_whisper, run_script
+from conftest import FIXTURES, ROOT, build_internvl2, build_whisper, run_here, run_script
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import WhisperForConditionalGeneration
@@ -208,7 +208,7 @@ def test_only_a_whisper_is_taken_for_one(tmp_path):
 
 
 def train(*options, cwd):
-    done = run_script("train.py", "--preset", "internvl2-1b", "--device", "cpu", "--micro-batch", 2, *options, cwd=cwd)
+    done = run_here("train.py", "--preset", "internvl2-1b", "--device", "cpu", "--micro-batch", 2, *options, cwd=cwd)
     assert done.returncode == 0, done.stderr
     return done
 
@@ -230,7 +230,7 @@ def test_the_preset_aligns_trains_and_answers_from_original_checkpoints(world, t
     for key, value in model.load_lvlm(lvlm).state_dict().items():
         assert torch.equal(value, after.lvlm.state_dict()[key]), key
     picture = world / "test/images/000000.png"
-    answer = run_script("eval.py", run, "--image", picture, "--question", "What is this?", cwd=tmp_path)
+    answer = run_here("eval.py", run, "--image", picture, "--question", "What is this?", cwd=tmp_path)
     assert answer.returncode == 0 and answer.stdout.startswith("text "), answer.stderr
 
 
@@ -239,7 +239,7 @@ def test_missing_real_data_and_weights_are_one_line(world, tmp_path):
             (["--stage", "audio-text", "--data", world / "audio-text"], "hf download OpenGVLab/InternVL2-1B"),
             (["--alpha", 0.75], "no data for the stage audio-text"),
             (["--stage", "vision-text"], "comes trained")):
-        done = run_script("train.py", "--preset", "internvl2-1b", *options, cwd=tmp_path)
+        done = run_here("train.py", "--preset", "internvl2-1b", *options, cwd=tmp_path)
         assert done.returncode != 0 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
@@ -249,8 +249,8 @@ def test_two_steps_of_each_stage_at_true_size(world, tmp_path):
     lvlm, whisper = true_size.build(tmp_path)
     assert sum(math.prod(shape) for shape in true_size.shapes().values()) == 938_158_976
     few = ["--global-batch", 1, "--max-steps", 2]
-    train("--stage", "audio-text", "--init", lvlm, "--whisper", whisper, "--data", world / "audio-text", *few,
-          cwd=tmp_path)
+    run_script("train.py", "--preset", "internvl2-1b", "--stage", "audio-text", "--init", lvlm, "--whisper", whisper,
+               "--data", world / "audio-text", *few, cwd=tmp_path)
     out = tmp_path / "va"
     options = ["--alpha", 0.75, "--init", tmp_path / "runs/internvl2-1b/audio-text-s0", "--data", world / "vision-audio",
                "--out", out, "--max-tiles", 1, "--save-every", 1, *few]
@@ -260,7 +260,8 @@ def test_two_steps_of_each_stage_at_true_size(world, tmp_path):
         time.sleep(0.1)
     process.kill()
     process.wait()
-    assert "going on after step 1" in train(*options, cwd=tmp_path).stdout
+    again = subprocess.run(list(map(str, command)), cwd=tmp_path, capture_output=True, text=True)
+    assert again.returncode == 0 and "going on after step 1" in again.stdout, again.stderr
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert len(log) == 2 and all(math.isfinite(line["loss"]) and line["kl"] > 0 for line in log)
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6

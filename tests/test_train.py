@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, build_ollm, run_script
+from conftest import ROOT, build_ollm, run_here, run_script
 
 import model
 from safetensors.torch import load_file, save_file
@@ -100,7 +100,7 @@ def test_the_chain_makes_what_is_missing_and_reuses_it(world, tmp_path):
     second = run_script("train.py", "--seed", 3, "--alpha", 0, cwd=tmp_path)
     assert second.returncode == 0 and "vision-audio-a0-s3" in second.stdout
     assert (tmp_path / "runs/shapes/vision-text-s3/model.safetensors").stat().st_mtime_ns == base
-    again = run_script("train.py", "--seed", 3, "--alpha", 0, cwd=tmp_path)
+    again = run_here("train.py", "--seed", 3, "--alpha", 0, cwd=tmp_path)
     assert again.returncode == 0 and "finished already" in again.stdout
     same = [losses(tmp_path / f"runs/shapes/vision-audio-a{alpha}-s3")[0] for alpha in ("0.5", "0")]
     assert same[0]["ce"] == pytest.approx(same[1]["ce"], rel=1e-5), "the same start and the same first batch"
@@ -109,13 +109,13 @@ def test_the_chain_makes_what_is_missing_and_reuses_it(world, tmp_path):
     assert table.returncode == 0, table.stderr
     assert all(column in table.stdout for column in (" text |", "aligned, audio", "SFT, audio", "KD 0.5, gap"))
     assert "KD 0.5 - SFT" in table.stdout and "transcripts exact" in table.stdout
-    align = run_script("mmalign.py", "--seed", 3, cwd=tmp_path)
+    align = run_here("mmalign.py", "--seed", 3, cwd=tmp_path)
     assert align.returncode == 0 and "relation" in align.stdout, align.stderr
     picture = tmp_path / "runs/shapes/data-s3/test/images/000000.png"
     run = tmp_path / "runs/shapes/vision-audio-a0.5-s3"
-    one = run_script("eval.py", run, "--image", picture, "--question", "What colour is the circle?", cwd=tmp_path)
+    one = run_here("eval.py", run, "--image", picture, "--question", "What colour is the circle?", cwd=tmp_path)
     assert one.returncode == 0 and one.stdout.startswith("text ") and "\naudio " in one.stdout, one.stderr
-    unknown = run_script("eval.py", run, "--image", picture, "--question", "is there a unicorn", cwd=tmp_path)
+    unknown = run_here("eval.py", run, "--image", picture, "--question", "is there a unicorn", cwd=tmp_path)
     assert unknown.returncode == 1 and "'unicorn'" in unknown.stderr and "triangle" in unknown.stderr
     assert unknown.stderr.count("\n") == 1
 
@@ -133,7 +133,7 @@ def test_the_chain_makes_what_is_missing_and_reuses_it(world, tmp_path):
 def test_what_cannot_work_is_one_clear_line(start, world, tmp_path, arguments, message):
     places = {"BASE": start / "base", "AUDIO": start / "audio", "PART": world / "vision-audio",
               "TRANSCRIPTS": world / "audio-text"}
-    done = run_script("train.py", *[places.get(a, a) for a in arguments], "--out", tmp_path / "out", cwd=tmp_path)
+    done = run_here("train.py", *[places.get(a, a) for a in arguments], "--out", tmp_path / "out", cwd=tmp_path)
     assert done.returncode != 0 and message in done.stderr and "Traceback" not in done.stderr
     assert not list(tmp_path.rglob("*.safetensors"))
 
@@ -143,8 +143,8 @@ def test_a_loss_that_is_no_number_stops_before_the_weights_are_touched(start, wo
     state = load_file(tmp_path / "start/audio/model.safetensors")
     state["projector.bias"][0] = float("nan")
     save_file(state, tmp_path / "start/audio/model.safetensors")
-    done = run_script("train.py", "--init", tmp_path / "start/audio", "--data", world / "vision-audio", "--out",
-                      tmp_path / "out", cwd=tmp_path)
+    done = run_here("train.py", "--init", tmp_path / "start/audio", "--data", world / "vision-audio", "--out",
+                    tmp_path / "out", cwd=tmp_path)
     assert done.returncode == 1 and "stopped before the weights were touched" in done.stderr
     assert "Traceback" not in done.stderr and not (tmp_path / "out/ollm.json").exists()
 
@@ -159,7 +159,7 @@ def test_no_room_for_a_checkpoint_is_one_line_and_leaves_nothing_half_written(st
 def test_an_interrupted_run_goes_on_from_its_checkpoint_as_if_nothing_had_happened(start, world, tmp_path):
     options = ["--init", start / "audio", "--data", world / "vision-audio", "--global-batch", 10, "--float64",
                "--device", "cpu", "--seed", 4]
-    whole = run_script("train.py", *options, "--out", tmp_path / "whole", cwd=tmp_path)
+    whole = run_here("train.py", *options, "--out", tmp_path / "whole", cwd=tmp_path)
     assert whole.returncode == 0, whole.stderr
     out = tmp_path / "cut"
     command = [sys.executable, ROOT / "train.py", *map(str, options), "--out", out, "--save-every", "3"]
@@ -168,7 +168,7 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint_as_if_nothing_had_happen
         time.sleep(0.01)
     process.kill()
     assert process.wait() != 0 and not (out / "ollm.json").exists()
-    other = run_script("train.py", *options, "--alpha", 0, "--out", out, cwd=tmp_path)
+    other = run_here("train.py", *options, "--alpha", 0, "--out", out, cwd=tmp_path)
     assert other.returncode == 1 and "belongs to a training with {'alpha': 0.75}" in other.stderr
     again = run_script("train.py", *options, "--out", out, "--save-every", 3, cwd=tmp_path)
     assert again.returncode == 0 and "going on after step" in again.stdout, again.stderr
