@@ -186,13 +186,17 @@ def load_image(path):
         raise BadInput(f"cannot read the image {path}: {error}") from None
 
 
-def load_audio(path):
+def load_audio(path, start=0.0, seconds=None):
     """16 kHz mono float32 waveform (samples,) from any format and rate that soundfile reads.
 
+    start, seconds: take a stretch of the recording, in seconds; None: to its end
     Raises BadInput if the file is missing, broken, empty, silent-by-NaN or longer than Whisper's 30 s.
     """
     try:
-        wave, rate = soundfile.read(path, dtype="float32", always_2d=True)  # (samples, channels)
+        with soundfile.SoundFile(path) as file:
+            rate, frames = file.samplerate, -1 if seconds is None else round(seconds * file.samplerate)
+            file.seek(round(start * rate))
+            wave = file.read(frames, dtype="float32", always_2d=True)  # (samples, channels)
     except (soundfile.LibsndfileError, OSError, RuntimeError) as error:
         raise BadInput(f"cannot read the audio {path}: {error}") from None
     wave = resample(wave.mean(axis=1), rate)

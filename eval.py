@@ -30,6 +30,8 @@ import train
 from data import BadInput
 
 BATCH = 100  # questions generated at once
+VLMEVALKIT_TILES = {"ChartQA_TEST": 12, "MMMU_DEV_VAL": 12, "DocVQA_VAL": 18, "DocVQA_TEST": 18, "InfoVQA_VAL": 24,
+                    "InfoVQA_TEST": 24, "OCRBench": 24}  # and 6 for all others
 
 
 # ---- scoring -------------------------------------------------------------------------------------------------------
@@ -89,17 +91,25 @@ def transcripts(ollm, samples, device):
     return answers(ollm, heard, device, forms=("audio",))["audio"]
 
 
-def evaluate(run, folder, kinds, n, device, texts, desc):
+def tiles(choice, folder):
+    """How many squares a picture of this benchmark is cut into: N, or what VLMEvalKit took for InternVL2 (July 2024)."""
+    return VLMEVALKIT_TILES.get(Path(folder).name, 6) if choice == "vlmevalkit" else int(choice)
+
+
+def evaluate(run, folder, kinds, n, device, texts, desc, max_tiles=None):
     """Asks a run the first n questions of these kinds; returns its rows, samples with "text", "audio", "transcript".
 
-    texts: answers to written questions by base fingerprint, shared between runs: their LVLM is the same frozen one.
+    max_tiles: another number of tiles than the run was trained with, or "vlmevalkit"
+    texts: answers to written questions by base and tiles, shared between runs: their LVLM is the same frozen one
     """
     ollm, about = model.load_run(run), model.about_run(run)
     ollm.to(device).eval()
+    if max_tiles is not None:
+        ollm.settings["max_tiles"] = tiles(max_tiles, folder)
     listens, base = ollm.audio_encoder is not None, about.get("base_fingerprint") or model.fingerprint(run)
     samples = data.Samples(folder, ollm.settings, ("question", "audio") if listens else ("question",))
     indices = [i for i, row in enumerate(samples.rows) if row.get("kind") in kinds][:n]
-    known = texts.setdefault((base, str(folder)), {})
+    known = texts.setdefault((base, str(folder), ollm.settings["max_tiles"]), {})
     rows = {}
     indices = sorted(indices, key=samples.length)
     for start in tqdm(range(0, len(indices), BATCH), desc=desc, unit="batch", leave=False):
@@ -244,7 +254,7 @@ def report(args, kinds, average):
         about = model.about_run(run)
         seed = about["training"]["seed"]
         folder = Path(args.data or f"runs/{args.preset}/data-s{seed}/test")
-        rows = evaluate(run, folder, kinds, args.n, device, texts, desc=str(run))
+        rows = evaluate(run, folder, kinds, args.n, device, texts, str(run), args.max_tiles)
         groups.setdefault(run_name(about), []).append(summary(rows, kinds, average))
         answered[run_name(about), seed] = rows
         with data.written_whole(Path(run) / f"answers-{average.split()[0]}.jsonl") as temporary:
@@ -257,6 +267,11 @@ def report(args, kinds, average):
     print_differences(answered)
 
 
+def tile_count(text):
+    """An argparse type: a count, or "vlmevalkit"."""
+    return text if text == "vlmevalkit" else data.at_least_one(text)
+
+
 def arguments(description):
     """The arguments that eval.py and mmalign.py share."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -265,6 +280,8 @@ def arguments(description):
     parser.add_argument("--seed", type=int, default=0, help="whose runs, if none are named")
     parser.add_argument("--data", help="prepared folder of questions (default: the test part of each run's seed)")
     parser.add_argument("--n", type=data.at_least_one, help="ask only the first so many questions")
+    parser.add_argument("--max-tiles", type=tile_count, help="squares a picture is cut into, thumbnail aside: a number, "
+                        "or vlmevalkit, which goes by the benchmark (default: as the run was trained)")
     parser.add_argument("--show", type=int, default=0, help="print so many of each run's answers")
     parser.add_argument("--device", choices=["cpu", "cuda", "mps"], help="where to run (default: cuda if there is one)",
                         default="cuda" if torch.cuda.is_available() else "cpu")

@@ -10,8 +10,8 @@ encoder and LLM are frozen: so the keys and values of `<system><image>` are the 
 gradient. `prefix` computes them once; `suffix` continues from them with the written or the spoken question.
 
 Two sets of parts fit: the built-in world's tiny ones (`build_lvlm`, `build_audio_encoder`), and the paper's real ones
-(`load_lvlm`, `load_audio_encoder`). There is nothing to run here; `python -m pytest tests/test_model.py` checks it against
-two full passes, tests/test_internvl2.py against the original code's outputs.
+(`load_lvlm`, `load_audio_encoder`). There is nothing to run here; `python -m pytest tests/test_model.py` checks it
+against two full passes, tests/test_internvl2.py against the original code's outputs.
 
 Letters in shape comments: B batch, P prefix tokens, S suffix tokens, A audio tokens, N answer tokens in the batch,
 V vocabulary, D width of the LLM, W width of the audio encoder, M mel bins, F mel frames.

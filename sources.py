@@ -143,14 +143,14 @@ def speak_mms(lines, folder, seed, path="facebook/mms-tts-eng", batch_size=16):
 
 
 def take_clip(task, folder):
-    """Worker: one recording (id, path, transcript) as 16 kHz FLAC and its line."""
-    name, path, transcript = task
+    """Worker: one recording (id, path, transcript, start and seconds or nothing) as 16 kHz FLAC and its line."""
+    name, path, transcript, *stretch = task
     kept = folder / "audio" / f"{name}.flac"
     try:
         if not transcript.strip():
             raise BadInput("the transcript is empty")
         if not kept.exists():
-            save_flac(kept, data.load_audio(path))
+            save_flac(kept, data.load_audio(path, *stretch))
     except BadInput as error:
         return {"id": name, "skipped": f"the recording cannot be used: {error}"}
     return {"id": name, "audio": f"audio/{name}.flac", "answer": transcript.strip()}
@@ -175,12 +175,18 @@ def commonvoice_tasks(args):
 
 
 def manifest_tasks(args):
-    """A TSV with a header, or a JSONL: `audio` (relative to --root) and `text`, and `id` if there is one.
+    """A TSV with a header, or a JSONL: `audio` (relative to --root), `text`, and perhaps `id`, `start` and `seconds`.
 
-    Lhotse's cuts (GigaSpeech, Libriheavy) become this once their audio lies in files of its own, a cut each.
+    A Lhotse cut (GigaSpeech, Libriheavy) becomes such a line by its recording's source, its supervision's text, and its
+    own id, start and duration.
     """
     for i, (where, row) in enumerate(table(args.manifest, ("audio", "text"))):
-        yield str(row.get("id") or f"{i:08}").replace("/", "_"), Path(args.root) / row["audio"], row["text"]
+        try:
+            stretch = float(row.get("start") or 0), float(row["seconds"]) if row.get("seconds") else None
+        except (TypeError, ValueError):
+            raise BadInput(f"{where}: start and seconds must be numbers") from None
+        name = str(row.get("id") or f"{i:08}").replace("/", "_")
+        yield name, Path(args.root) / row["audio"], row["text"], *stretch
 
 
 def table(path, columns):
@@ -261,7 +267,7 @@ def make_asr(args):
 
 
 def make_merge(args):
-    """Several prepared folders as one: links to them, and their lines with paths and ids that begin with their names."""
+    """Several prepared folders as one: links to them, and their lines, paths and ids prefixed with their names."""
     names, lines = [Path(folder).name for folder in args.folders], []
     if len(set(names)) < len(names):
         raise BadInput(f"two of the folders have one name: {' '.join(args.folders)}")
@@ -310,5 +316,5 @@ def add_commands(commands):
     sub.add_argument("--tsv", required=True, help="its validated.tsv")
     sub.add_argument("--clips", required=True, help="its folder of recordings")
     sub = command("manifest", "any recordings with transcripts, listed in a .jsonl or .tsv")
-    sub.add_argument("--manifest", required=True, help="lines with audio, text and perhaps id")
+    sub.add_argument("--manifest", required=True, help="lines with audio, text, perhaps id, start, seconds")
     sub.add_argument("--root", required=True, help="the folder its audio paths are relative to")

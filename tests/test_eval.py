@@ -6,7 +6,7 @@ import statistics
 import pytest
 
 import shapes
-from eval import paired_bootstrap, score_answer
+from eval import paired_bootstrap, score_answer, tiles
 
 
 @pytest.fixture(scope="module")
@@ -70,3 +70,9 @@ def test_bootstrap_interval_covers_the_true_difference():
         covered += low <= 10 <= high
     assert covered >= 88
     assert paired_bootstrap([1.0, 0.0], [1.0, 0.0]) == (0, 0, 0)
+
+
+def test_tiles_go_by_number_or_by_benchmark():
+    assert tiles(3, "benchmarks/DocVQA_VAL") == 3
+    names = ("MME", "ChartQA_TEST", "DocVQA_VAL", "InfoVQA_VAL")
+    assert [tiles("vlmevalkit", f"benchmarks/{name}") for name in names] == [6, 12, 18, 24]

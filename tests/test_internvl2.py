@@ -252,8 +252,9 @@ def test_two_steps_of_each_stage_at_true_size(world, tmp_path):
     run_script("train.py", "--preset", "internvl2-1b", "--stage", "audio-text", "--init", lvlm, "--whisper", whisper,
                "--data", world / "audio-text", *few, cwd=tmp_path)
     out = tmp_path / "va"
-    options = ["--alpha", 0.75, "--init", tmp_path / "runs/internvl2-1b/audio-text-s0", "--data", world / "vision-audio",
-               "--out", out, "--max-tiles", 1, "--save-every", 1, *few]
+    aligned = tmp_path / "runs/internvl2-1b/audio-text-s0"
+    options = ["--alpha", 0.75, "--init", aligned, "--data", world / "vision-audio", "--out", out, "--max-tiles", 1,
+               "--save-every", 1, *few]
     command = [sys.executable, ROOT / "train.py", "--preset", "internvl2-1b", "--device", "cpu", *options]
     process = subprocess.Popen(list(map(str, command)), cwd=tmp_path)
     while process.poll() is None and not (out / "checkpoint.safetensors").exists():

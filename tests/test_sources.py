@@ -175,11 +175,15 @@ def test_commonvoice_and_manifests(tmp_path):
     bad = run_script("data.py", "manifest", "--manifest", tmp_path / "cuts.jsonl", "--root", tmp_path, "--out",
                      tmp_path / "m", cwd=tmp_path)
     assert bad.returncode == 1 and "cuts.jsonl:2: has no text" in bad.stderr and bad.stderr.count("\n") == 1
-    (tmp_path / "cuts.jsonl").write_text('{"id": "x/1", "audio": "a.wav", "text": "Ünïcode"}\n')
+    (tmp_path / "cuts.jsonl").write_text('{"id": "x/1", "audio": "a.wav", "text": "Ünïcode"}\n'
+                                         '{"audio": "a.wav", "text": "part", "start": 0.125, "seconds": 0.25}\n')
     good = run_script("data.py", "manifest", "--manifest", tmp_path / "cuts.jsonl", "--root", tmp_path, "--out",
                       tmp_path / "m", cwd=tmp_path)
     assert good.returncode == 0 and lines(tmp_path / "m/samples.jsonl")[0] == {
         "id": "x_1", "audio": "audio/x_1.flac", "answer": "Ünïcode"}
+    whole, part = (data.load_audio(tmp_path / f"m/audio/{name}.flac") for name in ("x_1", "00000001"))
+    assert len(whole) == 8000 and len(part) == 4000
+    assert np.corrcoef(whole[2200:5800], part[200:3800])[0, 1] > 0.99
 
 
 @pytest.mark.parametrize("said, kept", [
