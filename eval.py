@@ -92,7 +92,7 @@ def transcripts(ollm, samples, device):
 
 
 def tiles(choice, folder):
-    """How many squares a picture of this benchmark is cut into: N, or what VLMEvalKit took for InternVL2 (July 2024)."""
+    """How many squares a benchmark's pictures are cut into: N, or what VLMEvalKit took for InternVL2 (July 2024)."""
     return VLMEVALKIT_TILES.get(Path(folder).name, 6) if choice == "vlmevalkit" else int(choice)
 
 
@@ -280,7 +280,7 @@ def arguments(description):
     parser.add_argument("--seed", type=int, default=0, help="whose runs, if none are named")
     parser.add_argument("--data", help="prepared folder of questions (default: the test part of each run's seed)")
     parser.add_argument("--n", type=data.at_least_one, help="ask only the first so many questions")
-    parser.add_argument("--max-tiles", type=tile_count, help="squares a picture is cut into, thumbnail aside: a number, "
+    parser.add_argument("--max-tiles", type=tile_count, help="squares a picture is cut into, thumbnail aside: a number "
                         "or vlmevalkit, which goes by the benchmark (default: as the run was trained)")
     parser.add_argument("--show", type=int, default=0, help="print so many of each run's answers")
     parser.add_argument("--device", choices=["cpu", "cuda", "mps"], help="where to run (default: cuda if there is one)",
