@@ -1,6 +1,6 @@
 """Stand-ins of true size with random weights, in the layouts that the real ones are published in.
 
-    python tests/true_size.py /tmp/standins      # 1.9 GB as InternVL2-1B, 1.3 GB as Whisper-large-v3's encoder
+    python tests/true_size.py standins          # 1.9 GB as InternVL2-1B, 1.3 GB as Whisper-large-v3's encoder
 
 They show that the loading code and a training step take a real checkpoint's shapes, time and memory. They know nothing.
 """
