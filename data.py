@@ -100,6 +100,16 @@ def read_json(path):
         raise BadInput(f"{path}: cannot be read: {error}") from None
 
 
+def json_lines(path):
+    """("file:line", value) of each line of a JSONL file. Raises BadInput at a line that is not JSON."""
+    with open(path, encoding="utf-8", errors="replace") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                yield f"{path}:{number}", json.loads(line)
+            except json.JSONDecodeError as error:
+                raise BadInput(f"{path}:{number}: not JSON: {error}") from None
+
+
 # ---- reading -------------------------------------------------------------------------------------------------------
 
 
@@ -109,15 +119,9 @@ def read_samples(folder):
     if not path.is_file():
         raise BadInput(f"{path}: no such file (a prepared folder has one; `python data.py shapes` makes some)")
     samples = []
-    with open(path, encoding="utf-8", errors="replace") as lines:
-        for number, line in enumerate(lines, 1):
-            where = f"{path}:{number}"
-            try:
-                sample = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise BadInput(f"{where}: not JSON: {error}") from None
-            check_sample(sample, where)
-            samples.append({"id": str(number), **sample, "where": where})
+    for number, (where, sample) in enumerate(json_lines(path), 1):
+        check_sample(sample, where)
+        samples.append({"id": str(number), **sample, "where": where})
     if not samples:
         raise BadInput(f"{path}: has no sample")
     return samples
@@ -438,7 +442,7 @@ def make_clip(task):
     folder, seed, i = task
     rng = random.Random(f"{seed}/audio-text/{i}")
     sentence = shapes.draw_sentence(rng)
-    return [{"id": f"{i:06}", **save_speech(folder, i, rng, sentence, VOICES), "answer": sentence}]
+    return [{"id": f"{i:06}", **save_speech(folder, f"{i:06}", rng, sentence, VOICES), "answer": sentence}]
 
 
 def make_pair(task):
@@ -450,7 +454,7 @@ def make_pair(task):
         scene = shapes.draw_scene(rng, held_out)
         sample = shapes.draw_question(rng, scene, kinds, noise)
     save_png(folder / f"images/{i:06}.png", shapes.render(rng, scene))
-    speech = save_speech(folder, i, rng, sample["question"], HELD_OUT_VOICES if held_out else VOICES)
+    speech = save_speech(folder, f"{i:06}", rng, sample["question"], HELD_OUT_VOICES if held_out else VOICES)
     return [{"id": f"{i:06}", "image": f"images/{i:06}.png", **speech, **sample}]
 
 
@@ -461,15 +465,22 @@ def save_png(path, image):
             image.save(temporary, format="PNG")
 
 
-def save_speech(folder, i, rng, text, voices):
-    """Speaks `text` with a voice, rate and pitch drawn from rng into folder/audio, unless it is there."""
-    voice, words_per_minute, pitch = rng.choice(voices), rng.randint(240, 340), rng.randint(30, 70)
-    path = folder / f"audio/{i:06}.flac"
+def save_flac(path, wave):
+    """Writes 16 kHz speech, whole or not at all. Raises BadInput if Whisper could not hear it to the end."""
+    if len(wave) > MAX_SECONDS * SAMPLE_RATE:
+        seconds = len(wave) / SAMPLE_RATE
+        raise BadInput(f"the speech is longer than Whisper's {MAX_SECONDS} s: {seconds:.1f} s")
+    with written_whole(path) as temporary:
+        soundfile.write(temporary, wave, SAMPLE_RATE, format="FLAC", subtype="PCM_16")
+
+
+def save_speech(folder, name, rng, text, voices, rates=(240, 340)):
+    """Speaks `text` into folder/audio, unless it is there; voice, rate (words a minute) and pitch are drawn from rng."""
+    voice, words_per_minute, pitch = rng.choice(voices), rng.randint(*rates), rng.randint(30, 70)
+    path = folder / f"audio/{name}.flac"
     if not path.exists():
-        wave, rate = speak(text, voice, words_per_minute, pitch)
-        with written_whole(path) as temporary:
-            soundfile.write(temporary, wave, rate, format="FLAC", subtype="PCM_16")
-    return {"audio": f"audio/{i:06}.flac", "voice": voice}
+        save_flac(path, speak(text, voice, words_per_minute, pitch)[0])
+    return {"audio": f"audio/{name}.flac", "voice": voice}
 
 
 def workers():
@@ -480,7 +491,7 @@ def workers():
 def note_settings(folder, settings):
     """Writes folder/settings.json, or checks it: what the folder is made of, so that two makings can't mix."""
     note = folder / "settings.json"
-    if note.exists() and json.loads(note.read_text()) != settings:
+    if note.exists() and read_json(note) != settings:
         raise BadInput(f"{note}: this folder was made with {note.read_text().strip()}, "
                        f"not with {json.dumps(settings)}: choose another --out, or delete it")
     with written_whole(note) as temporary:

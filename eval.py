@@ -93,7 +93,7 @@ def transcripts(ollm, samples, device):
 
 def tiles(choice, folder):
     """How many squares a benchmark's pictures are cut into: N, or what VLMEvalKit took for InternVL2 (July 2024)."""
-    return VLMEVALKIT_TILES.get(Path(folder).name, 6) if choice == "vlmevalkit" else int(choice)
+    return VLMEVALKIT_TILES.get(Path(folder).name, 6) if choice == "vlmevalkit" else choice
 
 
 def evaluate(run, folder, kinds, n, device, texts, desc, max_tiles=None):

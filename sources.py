@@ -22,7 +22,6 @@ import shutil
 from collections import Counter
 from pathlib import Path
 
-import soundfile
 import torch
 import torchaudio
 from tqdm import tqdm
@@ -83,15 +82,6 @@ def take_llava(task, folder):
             "answer": answer}
 
 
-def save_flac(path, wave):
-    """Writes 16 kHz speech, whole or not at all. Raises BadInput if Whisper could not hear it to the end."""
-    if len(wave) > data.MAX_SECONDS * data.SAMPLE_RATE:
-        seconds = len(wave) / data.SAMPLE_RATE
-        raise BadInput(f"the speech is longer than Whisper's {data.MAX_SECONDS} s: {seconds:.1f} s")
-    with data.written_whole(path) as temporary:
-        soundfile.write(temporary, wave, data.SAMPLE_RATE, format="FLAC", subtype="PCM_16")
-
-
 def speak_espeak(lines, folder, seed):
     """Speaks the lines' questions with espeak-ng, each with a voice, rate and pitch of its own; yields the lines."""
     with data.workers() as pool:
@@ -101,10 +91,8 @@ def speak_espeak(lines, folder, seed):
 def espeak_line(line, folder, seed):
     """Worker: one line's speech, unless it is there."""
     rng = random.Random(f"{seed}/{line['id']}")
-    voice, words_per_minute, pitch = rng.choice(data.VOICES), rng.randint(140, 220), rng.randint(30, 70)
     try:
-        if not (folder / line["audio"]).exists():
-            save_flac(folder / line["audio"], data.speak(line["question"], voice, words_per_minute, pitch)[0])
+        data.save_speech(folder, line["id"], rng, line["question"], data.VOICES, rates=(140, 220))
     except BadInput as error:
         return {"id": line["id"], "skipped": str(error)}
     return line
@@ -136,7 +124,7 @@ def speak_mms(lines, folder, seed, path="facebook/mms-tts-eng", batch_size=16):
             out = vits(**inputs)  # waveform (B, samples), the rest of a row is padding
         for line, wave, length in zip(batch, out.waveform.float().cpu().numpy(), out.sequence_lengths.int().tolist()):
             try:
-                save_flac(folder / line["audio"], data.resample(wave[:length], vits.config.sampling_rate))
+                data.save_flac(folder / line["audio"], data.resample(wave[:length], vits.config.sampling_rate))
                 yield line
             except BadInput as error:
                 yield {"id": line["id"], "skipped": str(error)}
@@ -150,7 +138,7 @@ def take_clip(task, folder):
         if not transcript.strip():
             raise BadInput("the transcript is empty")
         if not kept.exists():
-            save_flac(kept, data.load_audio(path, *stretch))
+            data.save_flac(kept, data.load_audio(path, *stretch))
     except BadInput as error:
         return {"id": name, "skipped": f"the recording cannot be used: {error}"}
     return {"id": name, "audio": f"audio/{name}.flac", "answer": transcript.strip()}
@@ -170,7 +158,7 @@ def librispeech_tasks(args):
 
 def commonvoice_tasks(args):
     """Common Voice's TSV: columns `path` and `sentence`, recordings in --clips."""
-    for where, row in table(args.tsv, ("path", "sentence")):
+    for _, row in table(args.tsv, ("path", "sentence")):
         yield Path(row["path"]).stem, Path(args.clips) / row["path"], row["sentence"]
 
 
@@ -192,22 +180,20 @@ def manifest_tasks(args):
 def table(path, columns):
     """("file:line", row) of a .jsonl or of a .tsv with a header. Raises BadInput if a row lacks one of the columns."""
     try:
-        lines = open(path, encoding="utf-8", errors="replace", newline="")
-    except OSError as error:
-        raise BadInput(f"{path}: cannot be read: {error}") from None
-    with lines:
-        rows = (lines if Path(path).suffix == ".jsonl"
-                else csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
-        for number, row in enumerate(rows, 1 if Path(path).suffix == ".jsonl" else 2):
-            where = f"{path}:{number}"
-            try:
-                row = json.loads(row) if isinstance(row, str) else row
-            except json.JSONDecodeError as error:
-                raise BadInput(f"{where}: not JSON: {error}") from None
+        for where, row in data.json_lines(path) if Path(path).suffix == ".jsonl" else tsv_lines(path):
             lacking = [c for c in columns if not isinstance(row, dict) or not isinstance(row.get(c), str)]
             if lacking:
                 raise BadInput(f"{where}: has no {' and no '.join(lacking)}")
             yield where, row
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read: {error}") from None
+
+
+def tsv_lines(path):
+    """("file:line", row) of each line of a tab-separated file below its header."""
+    with open(path, encoding="utf-8", errors="replace", newline="") as lines:
+        for number, row in enumerate(csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE), 2):
+            yield f"{path}:{number}", row
 
 
 # ---- writing -------------------------------------------------------------------------------------------------------
@@ -248,9 +234,10 @@ def make_llava(args):
         except BadInput as error:
             results.append({"id": f"{number:06}", "skipped": str(error)})
     folder = Path(args.out)
-    results += in_parallel(functools.partial(take_llava, folder=folder), picked(usable, args.n, args.seed), "pictures")
-    lines = [line for line in results if "skipped" not in line]
-    results = [line for line in results if "skipped" in line]
+    take = functools.partial(take_llava, folder=folder)
+    taken = list(in_parallel(take, picked(usable, args.n, args.seed), "pictures"))
+    results += [line for line in taken if "skipped" in line]
+    lines = [line for line in taken if "skipped" not in line]
     spoken = (speak_mms(lines, folder, args.seed, args.voice) if args.tts == "mms"
               else speak_espeak(lines, folder, args.seed))
     write(folder, results + list(tqdm(spoken, total=len(lines), desc="speech", unit="sample")))
