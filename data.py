@@ -475,7 +475,7 @@ def save_flac(path, wave):
 
 
 def save_speech(folder, name, rng, text, voices, rates=(240, 340)):
-    """Speaks `text` into folder/audio, unless it is there; voice, rate (words a minute) and pitch are drawn from rng."""
+    """Speaks `text` into folder/audio, unless it is there; voice, words a minute and pitch are drawn from rng."""
     voice, words_per_minute, pitch = rng.choice(voices), rng.randint(*rates), rng.randint(30, 70)
     path = folder / f"audio/{name}.flac"
     if not path.exists():
