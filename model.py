@@ -32,14 +32,16 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from torch import nn
 from torch.nn import functional as F
-from transformers import (AutoTokenizer, InternVLConfig, InternVLForConditionalGeneration, PreTrainedTokenizerFast,
+from transformers import (AutoTokenizer, DynamicCache, InternVLConfig, InternVLForConditionalGeneration, PreTrainedTokenizerFast,
                           Qwen2Tokenizer, WhisperConfig, WhisperFeatureExtractor)
 from transformers.initialization import no_init_weights
-from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
+from transformers.masking_utils import create_causal_mask
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm, apply_rotary_pos_emb
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 import shapes
 from data import AUDIO_SLOT, IGNORE, BadInput, fetch, read_json
+from loss import chunked_self_kd_loss
 
 transformers.utils.logging.disable_progress_bar()  # our own bars show what takes long
 
@@ -90,9 +92,12 @@ class OLLM(nn.Module):
         x = F.gelu(encoder.conv2(x)).transpose(1, 2)  # (B, F / 2, W)
         x = x + encoder.embed_positions.weight[: x.size(1)]
         padded = torch.arange(x.size(1), device=x.device) >= n_frames[:, None] // 2  # (B, F / 2)
-        mask = torch.zeros(padded.shape, dtype=x.dtype, device=x.device).masked_fill(padded, torch.finfo(x.dtype).min)
+        mask = None  # attention is faster without
+        if padded.any():
+            mask = torch.zeros(padded.shape, dtype=x.dtype, device=x.device).masked_fill(padded, torch.finfo(x.dtype).min)
+            mask = mask[:, None, None, :]  # (B, 1, 1, F / 2)
         for layer in encoder.layers:
-            x = layer(x, mask[:, None, None, :])  # (B, F / 2, W)
+            x = layer(x, mask)  # (B, F / 2, W)
         x = encoder.layer_norm(x)
         x = x.unflatten(1, (-1, 2)).mean(2)  # (B, A, W): 25 tokens a second, as in Qwen2-Audio
         return self.projector(x)  # (B, A, D)
@@ -106,8 +111,14 @@ class OLLM(nn.Module):
             seen = self.see(batch["pixels"]).flatten(0, 1)  # (image tokens in the batch, D)
             assert slots.sum() == len(seen), f"{slots.sum()} image slots for {len(seen)} image tokens"
             x = x.masked_scatter(slots[..., None], seen.to(x.dtype))
-        out = self.lvlm.model.language_model(inputs_embeds=x, attention_mask=mask, use_cache=True)
-        return out.past_key_values, mask
+        llm, cache = self.lvlm.model.language_model, DynamicCache(config=self.lvlm.config.text_config)
+        positions = torch.arange(ids.size(1), device=ids.device)[None]  # (1, P): padding stands right
+        rotation = llm.rotary_emb(x, positions)
+        causal = create_causal_mask(llm.config, x, mask, cache, position_ids=positions)
+        for layer in llm.layers[:-1]:
+            x = layer(x, attention_mask=causal, position_embeddings=rotation, past_key_values=cache)  # (B, P, D)
+        keys_and_values(llm.layers[-1], x, rotation, cache)  # nobody asks what the last layer says after the image
+        return cache, mask
 
     def suffix(self, prefix, suffix, heard=None):
         """Continues the prefix with a question and what follows it: (hidden states (B, S, D), cache, mask (B, P + S)).
@@ -127,17 +138,17 @@ class OLLM(nn.Module):
                                              past_key_values=cache, use_cache=True)
         return out.last_hidden_state, cache, mask
 
-    def answer_logits(self, hidden, labels):
-        """Logits (N, V) at the positions that predict answer tokens, and those tokens (N,).
+    def answer_states(self, hidden, labels):
+        """Hidden states (N, D) at the positions that predict answer tokens, and those tokens (N,).
 
         The position before a token predicts it, so an answer's first token is predicted by the prompt's last position.
         """
         targets = labels[:, 1:]  # (B, S - 1)
         supervised = targets != IGNORE
-        return self.lvlm.lm_head(hidden[:, :-1][supervised]), targets[supervised]
+        return hidden[:, :-1][supervised], targets[supervised]
 
-    def forward(self, batch, teach=False):
-        """The paired forward: (student logits (N, V), teacher logits (N, V) or None, labels (N,)).
+    def paired(self, batch, teach):
+        """The paired pass: (student's states (N, D), teacher's states (N, D) or None, labels (N,)), see `answer_states`.
 
         The student hears the question if the batch holds speech and reads it otherwise; with `teach`, the same weights
         read it as the teacher, without gradient (Eq. 2). Both are scored on the very same answer tokens.
@@ -147,14 +158,19 @@ class OLLM(nn.Module):
             prefix = self.prefix(batch)
         student = asked(batch)
         heard = None if batch["mel"] is None else self.hear(batch["mel"], batch["n_frames"])
-        student_logits, labels = self.answer_logits(self.suffix(prefix, student, heard)[0], student["labels"])
+        student_states, labels = self.answer_states(self.suffix(prefix, student, heard)[0], student["labels"])
         if not teach:
-            return student_logits, None, labels
+            return student_states, None, labels
         with torch.no_grad():
             hidden = self.suffix(prefix, batch["text"])[0]
-            teacher_logits, read = self.answer_logits(hidden, batch["text"]["labels"])
+            teacher_states, read = self.answer_states(hidden, batch["text"]["labels"])
         assert torch.equal(read, labels), "student and teacher must be scored on the same answer tokens"
-        return student_logits, teacher_logits, labels
+        return student_states, teacher_states, labels
+
+    def forward(self, batch, alpha, temperature=1.0, n_tokens=None):
+        """(loss, kl, ce) of the student's answers, see loss.py. The head is applied to answer positions alone."""
+        student, teacher, labels = self.paired(batch, teach=alpha > 0)  # (N, D), (N, D), (N,)
+        return chunked_self_kd_loss(student, teacher, self.lvlm.lm_head, labels, alpha, temperature, n_tokens)
 
     @torch.no_grad()
     def generate(self, prefix, suffix, heard=None, max_new_tokens=48):
@@ -173,6 +189,15 @@ class OLLM(nn.Module):
                       "positions": torch.zeros_like(token[:, None])}
             prefix, heard = (cache, mask), None
         return [self.tokenizer.decode(row[row != pad], skip_special_tokens=True).strip() for row in rows]
+
+
+def keys_and_values(layer, x, rotation, cache):
+    """Puts into the cache what later tokens see of a decoder layer's input x (B, P, D), and computes nothing else."""
+    attention, x = layer.self_attn, layer.input_layernorm(x)
+    keys, values = (project(x).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)  # (B, heads, P, D / heads)
+                    for project in (attention.k_proj, attention.v_proj))
+    keys, _ = apply_rotary_pos_emb(keys, keys, *rotation)
+    cache.update(keys, values, attention.layer_idx)
 
 
 def asked(batch):

@@ -14,8 +14,6 @@
 A stage starts from what the one before it left in its default folder; what is missing is made first. One epoch, AdamW,
 cosine. Runs go to runs/<preset>/<stage>-s<seed>, and the last stage's to runs/<preset>/vision-audio-a<alpha>-s<seed>.
 What is interrupted goes on from its last checkpoint when the same command is given again.
-
-Letters in shape comments: N answer tokens in the batch, V vocabulary.
 """
 
 import argparse
@@ -40,7 +38,6 @@ from tqdm import tqdm
 import data
 import model
 from data import IGNORE, BadInput
-from loss import self_kd_loss
 
 STAGES = {"vision-text": ("question",), "audio-text": ("audio",), "vision-audio": ("question", "audio")}  # asked
 PRESETS = {  # by stage: peak learning rate, samples a step over all processes, samples a forward pass
@@ -141,8 +138,7 @@ def train_step(ollm, micro_batches, alpha, temperature, device, world):
         last = i == len(micro_batches) - 1  # gradients are averaged over the processes once a step
         with contextlib.nullcontext() if last or world == 1 else ollm.no_sync():
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                student, teacher, labels = ollm(to(batch, device), teach=alpha > 0)  # (N, V), (N, V), (N,)
-            terms = self_kd_loss(student, teacher, labels, alpha, temperature, n_tokens)
+                terms = ollm(to(batch, device), alpha, temperature, n_tokens)
             (terms[0] * world).backward()
         sums = [s + term.item() for s, term in zip(sums, terms)]
     return [total(s, device) for s in sums]

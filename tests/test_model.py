@@ -9,10 +9,11 @@ import torch
 from conftest import build_ollm, collate
 from PIL import Image
 
+import bench
 import data
 import model
 from data import IGNORE, BadInput
-from loss import self_kd_loss
+from loss import chunked_self_kd_loss
 
 QUESTIONS = ("what color is the circle", "is there a red star", "tell me what the picture shows", "count the things")
 ANSWERS = ("red", "yes there is", "a red circle and a blue star", "two")
@@ -32,29 +33,11 @@ def make_samples(ollm, n=4, seed=0):
     return samples
 
 
-def textbook_logits(ollm, sample, spoken):
-    """Logits at the answer positions from one full pass of the native model over one sample: no cache, no padding."""
-    batch = collate(ollm, [sample])
-    suffix = batch["audio" if spoken else "text"]
-    ids = torch.cat([batch["prefix"]["ids"], suffix["ids"]], 1)  # (1, T)
-    x = ollm.lvlm.get_input_embeddings()(ids.clamp(min=0))  # (1, T, D)
-    x[ids == ollm.lvlm.config.image_token_id] = ollm.see(batch["pixels"]).flatten(0, 1)
-    if spoken:
-        x = x.masked_scatter((ids == data.AUDIO_SLOT)[..., None], ollm.hear(batch["mel"], batch["n_frames"]))
-    logits = ollm.lvlm(inputs_embeds=x).logits[0]  # (T, V)
-    labels = torch.cat([torch.full_like(batch["prefix"]["ids"], IGNORE), suffix["labels"]], 1)[0]  # (T,)
-    return logits[:-1][labels[1:] != IGNORE], labels[labels != IGNORE]
-
-
 def textbook_loss(ollm, samples, alpha):
-    """Self-KD by two full passes a sample."""
-    terms, count = 0.0, 0
-    for sample in samples:
-        student, labels = textbook_logits(ollm, sample, spoken=True)
-        with torch.no_grad():
-            teacher, _ = textbook_logits(ollm, sample, spoken=False)
-        terms, count = terms + self_kd_loss(student, teacher, labels, alpha, n_tokens=1)[0], count + len(labels)
-    return terms / count
+    """Self-KD by two full passes of the native model a sample: no cache, no padding."""
+    batches = [collate(ollm, [sample]) for sample in samples]
+    counts = [int((batch["audio"]["labels"] != IGNORE).sum()) for batch in batches]
+    return sum(n * bench.textbook(ollm, batch, alpha) for n, batch in zip(counts, batches)) / sum(counts)
 
 
 @pytest.mark.parametrize("max_tiles", [1, 3])
@@ -64,8 +47,7 @@ def test_shared_prefix_equals_two_full_passes(max_tiles, alpha):
     samples = make_samples(ollm)
     assert len({len(s["pixels"]) for s in samples}) == (1 if max_tiles == 1 else 3), "the batch must be ragged"
     trained = [p for p in ollm.parameters() if p.requires_grad]
-    student, teacher, labels = ollm(collate(ollm, samples), teach=alpha > 0)
-    ours = self_kd_loss(student, teacher, labels, alpha)[0]
+    ours = ollm(collate(ollm, samples), alpha)[0]
     theirs = textbook_loss(ollm, samples, alpha)
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=0)
     for a, b in zip(torch.autograd.grad(ours, trained), torch.autograd.grad(theirs, trained)):
@@ -75,13 +57,13 @@ def test_shared_prefix_equals_two_full_passes(max_tiles, alpha):
 def test_teaching_does_not_change_the_student():
     ollm = build_ollm()
     batch = collate(ollm, make_samples(ollm))
-    alone, taught = ollm(batch, teach=False)[0], ollm(batch, teach=True)[0]
+    alone, taught = ollm.paired(batch, teach=False)[0], ollm.paired(batch, teach=True)[0]
     assert torch.equal(alone, taught)
 
 
 def test_teacher_has_no_gradient_and_student_has():
     ollm = build_ollm()
-    student, teacher, _ = ollm(collate(ollm, make_samples(ollm)), teach=True)
+    student, teacher, _ = ollm.paired(collate(ollm, make_samples(ollm)), teach=True)
     assert student.requires_grad and not teacher.requires_grad
 
 
@@ -92,21 +74,23 @@ def test_last_prompt_position_predicts_a_one_token_answer():
     first = int((labels[0] != IGNORE).nonzero()[0])
     hidden = ollm.suffix(ollm.prefix(batch), batch["audio"], ollm.hear(batch["mel"], batch["n_frames"]))[0].detach()
 
-    def loss(position):
-        moved = hidden.clone()
-        moved[0, position] += torch.randn(hidden.size(-1), dtype=hidden.dtype)
-        return self_kd_loss(*[ollm.answer_logits(h, labels)[0] for h in (moved, hidden)],
-                            ollm.answer_logits(moved, labels)[1], alpha=0.75)[0]
+    def loss(student):
+        states, answer = ollm.answer_states(student, labels)
+        return chunked_self_kd_loss(states, ollm.answer_states(hidden, labels)[0], ollm.lvlm.lm_head, answer, 0.75)[0]
 
-    unmoved = self_kd_loss(*[ollm.answer_logits(hidden, labels)[0]] * 2, ollm.answer_logits(hidden, labels)[1], 0.75)[0]
-    assert loss(first - 1) != unmoved, "the last prompt position predicts the first answer token"
-    assert loss(first) != unmoved, "the answer's last word predicts <|im_end|>"
-    assert loss(first - 2) == unmoved and loss(first + 1) == unmoved
+    def moved(position):
+        student = hidden.clone()
+        student[0, position] += torch.randn(hidden.size(-1), dtype=hidden.dtype)
+        return student
+
+    assert loss(moved(first - 1)) != loss(hidden), "the last prompt position predicts the first answer token"
+    assert loss(moved(first)) != loss(hidden), "the answer's last word predicts <|im_end|>"
+    assert loss(moved(first - 2)) == loss(moved(first + 1)) == loss(hidden)
 
 
 def test_end_of_answer_is_supervised():
     ollm = build_ollm()
-    _, _, labels = ollm(collate(ollm, make_samples(ollm)[:1]))
+    _, _, labels = ollm.paired(collate(ollm, make_samples(ollm)[:1]), teach=False)
     assert ollm.tokenizer.convert_ids_to_tokens(labels) == ["red", "<|im_end|>"]
 
 
@@ -115,7 +99,7 @@ def test_different_answers_for_teacher_and_student_are_refused():
     batch = collate(ollm, make_samples(ollm))
     batch["text"]["labels"][batch["text"]["labels"] != IGNORE] = 5
     with pytest.raises(AssertionError, match="same answer tokens"):
-        ollm(batch, teach=True)
+        ollm.paired(batch, teach=True)
 
 
 @pytest.mark.parametrize("stage, trained", [("vision-text", "lvlm."), ("audio-text", ("audio_encoder.", "projector.")),
@@ -126,7 +110,7 @@ def test_only_the_stage_s_parameters_move(stage, trained):
     samples = [{k: v for k, v in s.items() if stage != "vision-text" or k != "wave"} for s in make_samples(ollm)]
     before = {name: p.detach().clone() for name, p in ollm.named_parameters()}
     optimizer = torch.optim.AdamW([p for p in ollm.parameters() if p.requires_grad], lr=1e-2)
-    self_kd_loss(*ollm(collate(ollm, samples)), alpha=0.0)[0].backward()
+    ollm(collate(ollm, samples), alpha=0.0)[0].backward()
     optimizer.step()
     for name, parameter in ollm.named_parameters():
         should_move = name.startswith(trained) and "embed_positions" not in name
@@ -201,7 +185,7 @@ def test_save_and_load_round_trip(runs):
     loaded = model.load_run(folder / "audio")
     assert all(torch.equal(a, b) for a, b in zip(ollm.state_dict().values(), loaded.state_dict().values(), strict=True))
     samples = make_samples(ollm)
-    assert torch.equal(ollm(collate(ollm, samples))[0], loaded(collate(loaded, samples))[0])
+    assert torch.equal(ollm(collate(ollm, samples), 0.75)[0], loaded(collate(loaded, samples), 0.75)[0])
     assert not list(folder.glob("*/.saving")) and not list(folder.rglob("*.pt")) + list(folder.rglob("*.bin"))
 
 
