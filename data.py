@@ -213,13 +213,16 @@ def load_audio(path, start=0.0, seconds=None):
 
 @functools.cache
 def resampler(rate):
-    """torchaudio's filter from `rate` to 16 kHz; making it takes longer than using it."""
-    return torchaudio.transforms.Resample(rate, SAMPLE_RATE)
+    """torchaudio's filter from `rate` to 16 kHz; making it takes longer than using it.
+
+    In double precision: thrice as fast for speech, as torch's plain convolution suits so long a filter best.
+    """
+    return torchaudio.transforms.Resample(rate, SAMPLE_RATE).double()
 
 
 def resample(wave, rate):
     """The waveform (samples,) at 16 kHz."""
-    return wave if rate == SAMPLE_RATE else resampler(rate)(torch.from_numpy(wave)).numpy()
+    return wave if rate == SAMPLE_RATE else resampler(rate)(torch.from_numpy(wave).double()).float().numpy()
 
 
 def tile(image, max_tiles, size=448, thumbnail=True):

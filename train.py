@@ -42,7 +42,7 @@ from data import IGNORE, BadInput
 STAGES = {"vision-text": ("question",), "audio-text": ("audio",), "vision-audio": ("question", "audio")}  # asked
 PRESETS = {  # by stage: peak learning rate, samples a step over all processes, samples a forward pass
     "shapes": {
-        "vision-text": {"lr": 1.5e-3, "global_batch": 48, "micro_batch": 24},
+        "vision-text": {"lr": 1.5e-3, "global_batch": 48, "micro_batch": 48},
         "audio-text": {"lr": 1.5e-3, "global_batch": 8, "micro_batch": 8},
         "vision-audio": {"lr": 1e-3, "global_batch": 8, "micro_batch": 8},
     },
@@ -277,7 +277,8 @@ def train_stage(args, stage, init, data_folder, out, chosen, processes):
               f"{world} x {device}, lr {lr:g}, {sum(p.numel() for p in trained.values()):,} parameters trained"
               + (f"; going on after step {first} of an interrupted run" if first else ""))
     started = time.time()
-    loader = torch.utils.data.DataLoader(steps, batch_size=None, sampler=range(first, n_steps))
+    loader = torch.utils.data.DataLoader(steps, batch_size=None, sampler=range(first, n_steps),
+                                         num_workers=args.workers if device.type == "cuda" else 0)
     bar = tqdm(loader, desc=stage, unit="step", disable=rank > 0, mininterval=1, initial=first, total=n_steps)
     for step, micro_batches in enumerate(bar, first):
         for group in optimizer.param_groups:
@@ -326,6 +327,8 @@ def parse_arguments():
     parser.add_argument("--global-batch", type=data.at_least_one, help="samples a step, over all processes")
     parser.add_argument("--micro-batch", type=data.at_least_one, help="samples a forward pass")
     parser.add_argument("--lr", type=float, help="peak learning rate")
+    parser.add_argument("--workers", type=int, default=4, help="processes that read ahead of each GPU (a CPU has none "
+                        "to spare)")
     parser.add_argument("--device", choices=["cpu", "cuda", "mps"], help="default: the best there is")
     parser.add_argument("--float64", action="store_true", help="double precision, to compare runs exactly")
     args = parser.parse_args()
