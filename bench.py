@@ -5,9 +5,9 @@
     python bench.py --layers 1 --batch 8             # full depth: for a GPU
     python bench.py --json | tail -n 1               # the same numbers as one line of JSON
 
-Self-KD needs two sets of logits for each answer: the teacher's, who reads the question, and the student's, who hears it.
-The textbook runs the whole model twice, over the whole sequence, on speech padded to Whisper's 30 s. Three things make
-a step here cheaper, and the table takes them one at a time:
+Self-KD needs two sets of logits for each answer: the teacher's, who reads the question, and the student's, who hears
+it. The textbook runs the whole model twice, over the whole sequence, on speech padded to Whisper's 30 s. Three things
+make a step here cheaper, and the table takes them one at a time:
 
     + shared prefix        vision encoder and `<system><image>` run once, without gradient, for both (exact)
     + answer-only head     logits at the positions that predict the answer, of 151,655 words each (exact)
@@ -60,11 +60,11 @@ SYSTEM_TOKENS = 40  # InternVL2's system message has about as many
 ALPHA = 0.75
 
 
-# ---- the textbook ----------------------------------------------------------------------------------------------------
+# ---- the textbook ---------------------------------------------------------------------------------------------------
 
 
 def full_pass(ollm, batch, spoken):
-    """One pass of the native model over whole sequences: (logits (B, T, V) at every position, labels of the next (B, T)).
+    """One pass of the native model over whole sequences: (logits (B, T, V) at every position, each next label (B, T)).
 
     The sequences of the batch must be of one length: nothing is padded here.
     """
@@ -101,7 +101,7 @@ def textbook(ollm, batch, alpha):
     return loss
 
 
-# ---- ours ------------------------------------------------------------------------------------------------------------
+# ---- ours -----------------------------------------------------------------------------------------------------------
 
 
 def shared_prefix(ollm, batch, alpha):
@@ -121,19 +121,19 @@ def ours(ollm, batch, alpha):
     return ollm(batch, alpha)[0]
 
 
-STEPS = {  # by name: the loss, alpha, and what speech is padded to (s)
-    "textbook Self-KD": (textbook, ALPHA, 30),
-    "+ shared prefix": (shared_prefix, ALPHA, 30),
-    "+ answer-only head": (ours, ALPHA, 30),
-    "+ real audio length: our Self-KD": (ours, ALPHA, 0),
-    "our SFT": (ours, 0.0, 0),
-    "textbook SFT": (textbook, 0.0, 30),
-    "textbook Self-KD, real length": (textbook, ALPHA, 0),
+STEPS = {  # what it is called, its loss, alpha, and what speech is padded to (s)
+    "textbook_kd": ("textbook Self-KD", textbook, ALPHA, 30),
+    "shared_prefix": ("+ shared prefix", shared_prefix, ALPHA, 30),
+    "answer_head": ("+ answer-only head", ours, ALPHA, 30),
+    "kd": ("+ real audio length: our Self-KD", ours, ALPHA, 0),
+    "sft": ("our SFT", ours, 0.0, 0),
+    "textbook_sft": ("textbook SFT", textbook, 0.0, 30),
+    "textbook_kd_real_length": ("textbook Self-KD, real length", textbook, ALPHA, 0),
 }
-KD, _, OURS_30, OURS, OUR_SFT, SFT, KD_REAL = STEPS
-EVERY_ROUND = (KD, OURS, OUR_SFT, SFT)
-RATIOS = (("textbook_kd_over_kd", KD, OURS), ("textbook_sft_over_kd", SFT, OURS), ("kd_over_sft", OURS, OUR_SFT),
-          ("textbook_kd_over_kd_both_30s", KD, OURS_30), ("textbook_kd_over_kd_both_real_length", KD_REAL, OURS))
+EVERY_ROUND = ("textbook_kd", "kd", "sft", "textbook_sft")
+RATIOS = {"textbook_kd_over_kd": ("textbook_kd", "kd"), "textbook_sft_over_kd": ("textbook_sft", "kd"),
+          "kd_over_sft": ("kd", "sft"), "textbook_kd_over_kd_both_30s": ("textbook_kd", "answer_head"),
+          "textbook_kd_over_kd_both_real_length": ("textbook_kd_real_length", "kd")}
 
 
 def step(ollm, optimizer, batch, loss_of, alpha):
@@ -146,7 +146,7 @@ def step(ollm, optimizer, batch, loss_of, alpha):
     optimizer.zero_grad()
 
 
-# ---- models and samples ------------------------------------------------------------------------------------------------
+# ---- models and samples ---------------------------------------------------------------------------------------------
 
 
 def build(size, share, device):
@@ -173,9 +173,10 @@ def build(size, share, device):
 
 
 def make_batch(ollm, tiles, args, seconds_at_least):
-    """args.batch samples of `tiles` squares each, thumbnail counted; speech, question and answer of the asked lengths."""
+    """args.batch samples of `tiles` squares each (thumbnail counted), all of the lengths that the arguments ask for."""
     rng, size = np.random.default_rng(0), ollm.settings["image_size"]
-    samples = [{"id": str(i), "question": " ".join(["what"] * args.question), "answer": " ".join(["red"] * (args.answer - 1)),
+    question, answer = " ".join(["what"] * args.question), " ".join(["red"] * (args.answer - 1))
+    samples = [{"id": str(i), "question": question, "answer": answer,
                 "pixels": torch.from_numpy(rng.standard_normal((tiles, 3, size, size), dtype=np.float32)),
                 "wave": 0.1 * rng.standard_normal(round(args.seconds * data.SAMPLE_RATE), dtype=np.float32)}
                for i in range(args.batch)]
@@ -183,11 +184,11 @@ def make_batch(ollm, tiles, args, seconds_at_least):
     return train.to(data.collate(samples, ollm.tokenizer, ollm.mel_extractor, settings), ollm.projector.weight.device)
 
 
-# ---- measuring ---------------------------------------------------------------------------------------------------------
+# ---- measuring ------------------------------------------------------------------------------------------------------
 
 
 def worst_difference(args):
-    """The largest relative difference of the whole gradient between the textbook's step and the exact ones (float64)."""
+    """The largest relative difference between the gradients of the textbook and of the exact steps (float64)."""
     ollm, _ = build("shapes", 1, torch.device("cpu"))
     model.to_float64(ollm)
     trained = [p for p in ollm.parameters() if p.requires_grad]
@@ -281,10 +282,10 @@ def peak_memory(args):
     """Bytes above the weights that one step of the kind args.peak takes: activations, gradients, AdamW's moments."""
     device = torch.device(args.device)
     ollm, optimizer = build(args.size, args.layers, device)
-    loss_of, alpha, seconds = STEPS[args.peak]
+    _, loss_of, alpha, seconds = STEPS[args.peak]
     batch = make_batch(ollm, args.tiles[0], args, seconds)
     weights = highest_use(device)
-    for group in optimizer.param_groups:  # moments are there from the second step on: a step with no gradient makes them
+    for group in optimizer.param_groups:  # AdamW's moments are there from the second step on: make them, by gradient 0
         for p in group["params"]:
             p.grad = torch.zeros_like(p)
     optimizer.step()
@@ -296,7 +297,7 @@ def peak_memory(args):
 def peaks(args, tiles):
     """{step: bytes}, each from a process of its own."""
     measured = {}
-    for name in (KD, OURS):
+    for name in ("textbook_kd", "kd"):
         command = [sys.executable, __file__, "--peak", name, "--tiles", str(tiles), "--device", args.device]
         for key in ("size", "layers", "seconds", "question", "answer", "batch"):
             command += [f"--{key}", str(getattr(args, key))]
@@ -307,8 +308,8 @@ def peaks(args, tiles):
 def measure(args):
     """({(tiles, step): [seconds, ...]}, {(tiles, step): FLOPs}, {tiles: floor}), all steps in turn.
 
-    The first round counts FLOPs as well, which takes some milliseconds. The real widths' other steps, which take up to a
-    minute, are timed in that round alone.
+    The first round counts FLOPs as well, which takes some milliseconds. The other steps of the real widths, which take
+    up to a minute, are timed in that round alone.
     """
     device = torch.device(args.device)
     ollm, optimizer = build(args.size, args.layers, device)
@@ -316,7 +317,7 @@ def measure(args):
     todo = [(i, tiles, name) for i in range(args.rounds) for tiles in args.tiles for name in STEPS
             if i == 0 or name in EVERY_ROUND or args.size == "shapes"]
     for i, tiles, name in tqdm(todo, desc="steps", unit="step", mininterval=5):
-        loss_of, alpha, at_least = STEPS[name]
+        _, loss_of, alpha, at_least = STEPS[name]
         batch = make_batch(ollm, tiles, args, at_least)
         with flop_counter() if i == 0 else contextlib.nullcontext() as counter:
             started = now(device)
@@ -327,7 +328,7 @@ def measure(args):
     return seconds, flops, {tiles: floor(ollm, make_batch(ollm, tiles, args, 0)) for tiles in args.tiles}
 
 
-# ---- reporting ---------------------------------------------------------------------------------------------------------
+# ---- reporting ------------------------------------------------------------------------------------------------------
 
 
 def ratio(seconds, tiles, slow, fast):
@@ -339,14 +340,13 @@ def summary(args, seconds, flops, floors, memory):
     """The result as one JSON object; a trailing _1 or _7 is the number of tiles."""
     result = {"seconds": {}, "ratios": {}, "memory": {}, "flops": {}}
     for tiles in args.tiles:
-        for name in STEPS:
-            result["seconds"][f"{name}_{tiles}"] = statistics.median(seconds[tiles, name])
-        for key, slow, fast in RATIOS:
-            result["ratios"][f"{key}_{tiles}"] = ratio(seconds, tiles, slow, fast)
-        result["memory"] |= {f"{name} (bytes)_{tiles}": size for name, size in memory[tiles].items()}
-        result["memory"][f"kd_over_textbook_{tiles}"] = memory[tiles][OURS] / memory[tiles][KD]
+        result["seconds"] |= {f"{name}_{tiles}": statistics.median(seconds[tiles, name]) for name in STEPS}
+        result["ratios"] |= {f"{key}_{tiles}": ratio(seconds, tiles, *pair) for key, pair in RATIOS.items()}
+        result["memory"] |= {f"{name}_bytes_{tiles}": size for name, size in memory[tiles].items()}
+        result["memory"][f"kd_over_textbook_{tiles}"] = memory[tiles]["kd"] / memory[tiles]["textbook_kd"]
         result["flops"] |= {f"{name}_{tiles}": flops[tiles, name] for name in STEPS}
-        result["flops"] |= {f"floor_{tiles}": floors[tiles], f"over_floor_{tiles}": flops[tiles, OURS] / floors[tiles]}
+        result["flops"] |= {f"floor_{tiles}": floors[tiles],
+                            f"over_floor_{tiles}": flops[tiles, "kd"] / floors[tiles]}
     return result
 
 
@@ -355,12 +355,12 @@ def print_table(args, tiles, seconds, flops, memory, rate):
     print(f"\n{tiles} tile{'s' * (tiles > 1)}, speech of {args.seconds:g} s, {args.batch} a batch\n")
     print("| step | s, median (least to most) | textbook Self-KD / it | GFLOP | of matmul rate | GB above weights |")
     print("|---|---:|---:|---:|---:|---:|")
-    for name in STEPS:
-        times = seconds[tiles, name]
-        middle, size = statistics.median(times), memory[tiles].get(name)
-        print(f"| {name} | {middle:.3g} ({min(times):.3g} to {max(times):.3g}) | {ratio(seconds, tiles, KD, name):.2f} | "
-              f"{flops[tiles, name] / 1e9:.4g} | {100 * flops[tiles, name] / middle / rate:.0f} % | "
-              f"{f'{size / 1e9:.2f}' if size else ''} |")
+    for name, (label, *_) in STEPS.items():
+        times, size, work = seconds[tiles, name], memory[tiles].get(name), flops[tiles, name]
+        middle = statistics.median(times)
+        print(f"| {label} | {middle:.3g} ({min(times):.3g} to {max(times):.3g}) | "
+              f"{ratio(seconds, tiles, 'textbook_kd', name):.2f} | {work / 1e9:.4g} | "
+              f"{100 * work / middle / rate:.0f} % | {f'{size / 1e9:.2f}' if size else ''} |")
 
 
 def parse_arguments():

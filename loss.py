@@ -49,9 +49,9 @@ def chunked_self_kd_loss(student, teacher, head, labels, alpha, temperature=1.0,
     head              the LLM's linear layer from D to V, frozen if there is more than one chunk
     rows              None: as many as LOGITS_AT_ONCE allows
 
-    Where the vocabulary is 151,655 words, logits are by far the largest tensors of a step. Nothing comes after the loss,
-    so a chunk's gradient can be taken as soon as its loss is there, and its logits dropped before the next chunk: no
-    product is computed twice, as it would be with checkpointing.
+    Where the vocabulary is 151,655 words, logits are by far the largest tensors of a step. Nothing comes after the
+    loss, so a chunk's gradient can be taken as soon as its loss is there, and its logits dropped before the next chunk:
+    no product is computed twice, as it would be with checkpointing.
     """
     n_tokens = len(labels) if n_tokens is None else n_tokens
     rows = rows or max(1, LOGITS_AT_ONCE // head.out_features)

@@ -32,8 +32,8 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from torch import nn
 from torch.nn import functional as F
-from transformers import (AutoTokenizer, DynamicCache, InternVLConfig, InternVLForConditionalGeneration, PreTrainedTokenizerFast,
-                          Qwen2Tokenizer, WhisperConfig, WhisperFeatureExtractor)
+from transformers import (AutoTokenizer, DynamicCache, InternVLConfig, InternVLForConditionalGeneration,
+                          PreTrainedTokenizerFast, Qwen2Tokenizer, WhisperConfig, WhisperFeatureExtractor)
 from transformers.initialization import no_init_weights
 from transformers.masking_utils import create_causal_mask
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm, apply_rotary_pos_emb
@@ -94,7 +94,7 @@ class OLLM(nn.Module):
         padded = torch.arange(x.size(1), device=x.device) >= n_frames[:, None] // 2  # (B, F / 2)
         mask = None  # attention is faster without
         if padded.any():
-            mask = torch.zeros(padded.shape, dtype=x.dtype, device=x.device).masked_fill(padded, torch.finfo(x.dtype).min)
+            mask = torch.zeros_like(padded, dtype=x.dtype).masked_fill(padded, torch.finfo(x.dtype).min)
             mask = mask[:, None, None, :]  # (B, 1, 1, F / 2)
         for layer in encoder.layers:
             x = layer(x, mask)  # (B, F / 2, W)
@@ -148,7 +148,7 @@ class OLLM(nn.Module):
         return hidden[:, :-1][supervised], targets[supervised]
 
     def paired(self, batch, teach):
-        """The paired pass: (student's states (N, D), teacher's states (N, D) or None, labels (N,)), see `answer_states`.
+        """The paired pass: (student's states (N, D), teacher's (N, D) or None, labels (N,)), see `answer_states`.
 
         The student hears the question if the batch holds speech and reads it otherwise; with `teach`, the same weights
         read it as the teacher, without gradient (Eq. 2). Both are scored on the very same answer tokens.

@@ -15,12 +15,7 @@ from safetensors.torch import save_file
 from transformers import WhisperConfig, WhisperFeatureExtractor
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-VISION = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096,
-          "image_size": 448, "patch_size": 14, "num_channels": 3, "hidden_act": "gelu", "norm_type": "layer_norm",
-          "layer_norm_eps": 1e-6, "qkv_bias": True, "qk_normalization": False}
-LLM = {"architectures": ["Qwen2ForCausalLM"], "hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14,
-       "num_key_value_heads": 2, "intermediate_size": 4864, "vocab_size": 151655, "hidden_act": "silu",
-       "rms_norm_eps": 1e-6, "rope_theta": 1e6, "max_position_embeddings": 32768, "tie_word_embeddings": False}
+import bench
 
 
 def shapes():
@@ -60,13 +55,10 @@ def build(folder):
     torch.manual_seed(0)
     internvl2, whisper = build_internvl2(folder), folder / "whisper-large-v3"
     (internvl2 / "reference.safetensors").unlink()
-    (internvl2 / "config.json").write_text(json.dumps({
-        "model_type": "internvl_chat", "downsample_ratio": 0.5, "ps_version": "v2", "select_layer": -1,
-        "vision_config": VISION, "llm_config": LLM}))
+    (internvl2 / "config.json").write_text(json.dumps({"model_type": "internvl_chat", **bench.INTERNVL2_1B}))
     save_file({name: random_tensor(name, shape, torch.bfloat16) for name, shape in shapes().items()},
               internvl2 / "model.safetensors")
-    config = WhisperConfig(num_mel_bins=128, d_model=1280, encoder_layers=32, encoder_attention_heads=20,
-                           encoder_ffn_dim=5120)
+    config = WhisperConfig(**bench.WHISPER_LARGE_V3)
     with torch.device("meta"):
         state = WhisperEncoder(config).state_dict()
     config.save_pretrained(whisper)
