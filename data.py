@@ -259,7 +259,7 @@ def pixels(tiles):
 def collate(samples, tokenizer, mel_extractor, settings, answers=True, stretch_seed=None):
     """A batch: what comes before the slot, once, and what follows it, once for each form of the question.
 
-    samples         dicts of Samples
+    samples         dicts of Samples; "after" is text that follows the speech (without a question: the instruction)
     answers         True: answers are appended and labelled, padding stands right (training);
                     False: the suffix ends where the answer begins, padding stands left (generation)
     stretch_seed    not None: spread the written questions' positions (see `stretched`)
@@ -280,9 +280,10 @@ def collate(samples, tokenizer, mel_extractor, settings, answers=True, stretch_s
     if "wave" in samples[0]:
         waves = [padded(s["wave"], settings) for s in samples]
         batch["mel"], batch["n_frames"] = mels(mel_extractor, waves)
-        after = "" if "question" in samples[0] else settings["instruction"]  # speech without a question: transcribe
-        _, (after,), _ = prompts(tokenizer, settings, [0], [after])
-        heard = [[AUDIO_SLOT] * audio_tokens(wave) + after for wave in waves]
+        # Speech without a question is to be transcribed.
+        after = [s.get("after", "" if "question" in s else settings["instruction"]) for s in samples]
+        after_ids = [tokenizer(text).input_ids if text else [] for text in after]
+        heard = [[AUDIO_SLOT] * audio_tokens(wave) + ids for wave, ids in zip(waves, after_ids)]
         batch["audio"] = suffixes(tokenizer, heard, tail, answer_ids, [None] * len(samples), left=not answers)
     return batch
 
@@ -458,7 +459,8 @@ def make_pair(task):
         sample = shapes.draw_question(rng, scene, kinds, noise)
     save_png(folder / f"images/{i:06}.png", shapes.render(rng, scene))
     speech = save_speech(folder, f"{i:06}", rng, sample["question"], HELD_OUT_VOICES if held_out else VOICES)
-    return [{"id": f"{i:06}", "image": f"images/{i:06}.png", **speech, **sample}]
+    seen = {"scene": shapes.describe(scene)} if held_out else {}
+    return [{"id": f"{i:06}", "image": f"images/{i:06}.png", **speech, **sample, **seen}]
 
 
 def save_png(path, image):

@@ -5,16 +5,24 @@
     python eval.py --show 10 runs/shapes/audio-text-s0         # and print ten of its answers
     python eval.py --image scene.png --question "what color is the circle"    # one question, in writing and aloud
     python eval.py --image scene.png --audio question.wav                     # one spoken question
+    python eval.py RUN RUN --bench DIR                         # the paper's seven benchmarks, as many as DIR has
+    python eval.py --endpoint URL --model NAME --bench DIR     # the same of any omnimodal model behind a chat server
 
-Pictures, questions and voices are held out: no picture has been trained on, and no voice heard. Answers are generated
-(greedy), batched by length, and each picture is seen once for both forms of its question.
+Answers are generated (greedy), batched by length, and each picture is seen once for both forms of its question.
 
+The built-in world: pictures, questions and voices are held out; no picture has been trained on, and no voice heard.
 Right is an answer that has exactly one word of the question's answer class, and that the right one, once an exact echo
 of the question is taken away; a description counts by F1 over (colour, shape) pairs.
+
+The benchmarks: read, put into prompts and scored by benchmarks.py. Answers are appended to RUN/predictions as they
+come, so that an interrupted evaluation goes on where it stopped.
 """
 
 import argparse
+import functools
+import hashlib
 import json
+import math
 import random
 import re
 import statistics
@@ -23,10 +31,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import benchmarks
 import data
+import endpoint
+import mmalign
 import model
 import shapes
 import train
+from benchmarks import BENCHMARKS, score
 from data import BadInput
 
 BATCH = 100  # questions generated at once
@@ -44,12 +56,20 @@ def score_answer(sample, answer):
         named = re.findall(rf"\b(?:{'|'.join(shapes.CLASSES[kind])})\b", said)
         return float(named == [sample["label"]])
     if kind in shapes.ALIGN_KINDS:
-        return float(sample["label"] in said and sample["false"] not in said)
+        return float(mmalign.judge(answer, sample["question"], sample["label"], sample["false"]) == "right")
     pair = rf"\b({'|'.join(shapes.COLORS)}) ({'|'.join(shapes.SHAPES)})\b"
     named, true = re.findall(pair, said), re.findall(pair, sample["label"])
     if len(named) > len(shapes.PLACES):  # more than a picture can hold: everything was listed
         return 0.0
     return 2 * len(set(named) & set(true)) / (len(named) + len(true))
+
+
+def names_what_is_there(sample, answer):
+    """Whether an answer names a colour or shape of the picture that its question does not: wrong answers to speech
+    still do, the paper finds (section 2.2).
+    """
+    return bool(set(answer.lower().split()) & set(sample["scene"].split()) & {*shapes.COLORS, *shapes.SHAPES}
+                - set(sample["question"].split()))
 
 
 def paired_bootstrap(a, b, draws=2000, seed=0):
@@ -74,14 +94,15 @@ def collated(ollm, samples, device):
 
 
 @torch.no_grad()
-def answers(ollm, samples, device, forms=("text", "audio")):
+def answers(ollm, samples, device, forms=("text", "audio"), max_new_tokens=48):
     """What the model answers to each sample of a batch: {form: [answer, ...]}; the image prefix is shared."""
     batch = collated(ollm, samples, device)
     prefix, said = ollm.prefix(batch), {}
     if "text" in forms:
-        said["text"] = ollm.generate(prefix, batch["text"])
+        said["text"] = ollm.generate(prefix, batch["text"], None, max_new_tokens)
     if "audio" in forms:
-        said["audio"] = ollm.generate(prefix, batch["audio"], ollm.hear(batch["mel"], batch["n_frames"]))
+        heard = ollm.hear(batch["mel"], batch["n_frames"])  # (B, A, D)
+        said["audio"] = ollm.generate(prefix, batch["audio"], heard, max_new_tokens)
     return said
 
 
@@ -109,6 +130,8 @@ def evaluate(run, folder, kinds, n, device, texts, desc, max_tiles=None):
     listens, base = ollm.audio_encoder is not None, about.get("base_fingerprint") or model.fingerprint(run)
     samples = data.Samples(folder, ollm.settings, ("question", "audio") if listens else ("question",))
     indices = [i for i, row in enumerate(samples.rows) if row.get("kind") in kinds][:n]
+    if not indices:
+        raise BadInput(f"{folder}: has no question of the kinds {', '.join(kinds)}")
     known = texts.setdefault((base, str(folder), ollm.settings["max_tiles"]), {})
     rows = {}
     indices = sorted(indices, key=samples.length)
@@ -152,6 +175,215 @@ def check_words(tokenizer, text):
                        f"its words are: {' '.join(words)}")
 
 
+# ---- the benchmarks ------------------------------------------------------------------------------------------------
+
+RATES = (175, 260, 350, 450)  # words a minute; a long question is spoken faster until Whisper hears it whole
+SHARES = ("yes ratio of answered", "yes ratio of all", "unknown share")
+SHOWN = {  # what the table says of a benchmark beside the paper's columns
+    "MME": ("perception", "reasoning", "sum/28", "accuracy", *SHARES),
+    "HallusionBench": ("aAcc", "fAcc", "qAcc", *SHARES), "RealWorldQA": ("unknown share",)}
+
+
+def bench_files(paths):
+    """The benchmarks' files among these; a folder stands for those of the seven that it has."""
+    files = []
+    for path in map(Path, paths):
+        found = [path / f"{name}.tsv" for name in BENCHMARKS if (path / f"{name}.tsv").exists()]
+        if path.is_dir() and not found:
+            raise BadInput(f"{path}: has none of {', '.join(f'{name}.tsv' for name in BENCHMARKS)}")
+        files += found if path.is_dir() else [path]
+    for path in files:
+        benchmarks.check(path.stem)
+    return files
+
+
+def bench_rows(path, n):
+    """The first n questions of a benchmark's file, each with its "prompt" and the prompt's parts, "said" and "rest"."""
+    rows, dropped = benchmarks.read_tsv(path)
+    if dropped:
+        print(f"{path}: {dropped} rows without a picture are left out, as VLMEvalKit does")
+    for row in rows:
+        row["said"], row["rest"] = benchmarks.prompt(path.stem, row)
+        row["prompt"] = row["said"] + row["rest"]
+    return rows[:n]
+
+
+def speech(text, voice, cache):
+    """The text spoken by espeak-ng, (samples,), from the folder `cache`, which keeps each text and voice."""
+    path = cache / f"{hashlib.sha256(f'{voice}|{text}'.encode()).hexdigest()[:32]}.flac"
+    if not path.exists():
+        waves = (data.speak(text, voice, rate)[0] for rate in RATES)
+        wave = next((w for w in waves if len(w) <= data.MAX_SECONDS * data.SAMPLE_RATE), None)
+        if wave is None:
+            raise BadInput(f"a question of {len(text.split())} words takes over {data.MAX_SECONDS} s to say; "
+                           "--speak question leaves options and format in writing")
+        cache.mkdir(parents=True, exist_ok=True)
+        data.save_flac(path, wave)
+    return data.load_audio(path)
+
+
+def bench_sample(row, forms, args):
+    """A row as a sample: its picture, the prompt in writing, and the prompt or the question alone aloud."""
+    sample = {"id": row["index"], "image": benchmarks.image_of(row), "question": row["prompt"], "answer": ""}
+    if "audio" not in forms:
+        return sample
+    spoken, after = (row["prompt"], "") if args.speak == "prompt" else (row["said"], row["rest"])
+    try:
+        return {**sample, "wave": speech(spoken, args.voice, Path(args.speech)), "after": after}
+    except BadInput as error:
+        raise BadInput(f"{row['where']}: {error}") from None
+
+
+def finished(path, rows):
+    """{index: line} of the answers that an earlier evaluation left in `path`; a last line cut off is dropped."""
+    if not path.exists():
+        return {}
+    whole, newline, _ = path.read_text(encoding="utf-8").rpartition("\n")
+    with data.written_whole(path) as temporary:
+        temporary.write_text(whole + newline, encoding="utf-8")
+    done = {line["index"]: line for _, line in data.json_lines(path)}
+    other = next((row for row in rows if done.get(row["index"], row)["prompt"] != row["prompt"]), None)
+    if other is not None:
+        raise BadInput(f"{path}: answers another question than {other['where']} asks: delete it to ask anew")
+    return done
+
+
+def predict(ask, forms, rows, path, texts, args):
+    """Asks each row in writing and aloud; returns the rows with "text" and "audio", which is None without speech.
+
+    ask    (samples, forms) -> {form: [answer, ...]}
+    path   JSONL to which each batch's answers are appended; a batch that stands there whole is not asked again
+    texts  {index: answer} to written questions, known from another run on the same frozen LVLM
+    """
+    done = finished(path, rows)
+    texts.update({index: line["text"] for index, line in done.items()})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    ordered = sorted(rows, key=lambda row: len(row["prompt"]))
+    for start in tqdm(range(0, len(rows), args.batch), desc=str(path), unit="batch"):
+        batch = ordered[start: start + args.batch]
+        if all(row["index"] in done for row in batch):
+            continue
+        needed = [f for f in forms if f == "audio" or any(row["index"] not in texts for row in batch)]
+        said = ask([bench_sample(row, needed, args) for row in batch], needed) if needed else {}
+        texts.update({row["index"]: answer for row, answer in zip(batch, said.get("text", ()))})
+        lines = [{"index": row["index"], "prompt": row["prompt"], "answer": row["answer"], "text": texts[row["index"]],
+                  "audio": audio} for row, audio in zip(batch, said.get("audio", [None] * len(batch)))]
+        with open(path, "a", encoding="utf-8") as out:
+            out.writelines(json.dumps(line) + "\n" for line in lines)
+        done |= {line["index"]: line for line in lines}
+    return [{**row, **done[row["index"]]} for row in rows]
+
+
+def ask_run(ollm, device, max_new_tokens, samples, forms):
+    """`answers` of a run to a benchmark's samples, whose pictures are still to be tiled."""
+    for sample in samples:
+        squares = data.tile(sample["image"], ollm.settings["max_tiles"], ollm.settings["image_size"])
+        sample["pixels"] = data.pixels(squares)
+    return answers(ollm, samples, device, forms, max_new_tokens)
+
+
+def subject(run, args):
+    """Who is asked: {"name" in the table, "folder" for answers, "reads" (what answers written questions), "forms",
+    "settings" of prompts, "ask" as `predict` wants it}; a run, or the endpoint's model.
+    """
+    if args.endpoint:
+        ask = functools.partial(endpoint.answers, args.endpoint, args.model, max_new_tokens=args.max_new_tokens)
+        folder = Path("runs/endpoint") / re.sub(r"[^\w.-]+", "-", args.model)
+        return {"name": args.model, "folder": folder, "reads": args.model, "forms": ("text", "audio"),
+                "settings": {"max_tiles": None}, "ask": ask}
+    ollm, about, device = model.load_run(run).eval(), model.about_run(run), torch.device(args.device)
+    reads = about.get("base_fingerprint") or model.fingerprint(run)
+    forms = ("text",) if ollm.audio_encoder is None else ("text", "audio")
+    return {"name": run_name(about), "folder": Path(run), "reads": reads, "forms": forms, "settings": ollm.settings,
+            "ask": functools.partial(ask_run, ollm.to(device), device, args.max_new_tokens)}
+
+
+def bench_scores(run, files, texts, args):
+    """(the subject's name, {form: {benchmark: what score() gives}}) of a run on these files."""
+    who = subject(run, args)
+    results, own_tiles = {form: {} for form in who["forms"]}, who["settings"]["max_tiles"]
+    for path in files:
+        if args.max_tiles is not None:
+            who["settings"]["max_tiles"] = tiles(args.max_tiles, path.stem)
+        squares = who["settings"]["max_tiles"]
+        rows = bench_rows(path, args.n)
+        name = f"{path.stem}-{args.speak}-{args.voice.replace('/', '_')}" + (f"-{squares}tiles" if squares else "")
+        known = texts.setdefault((who["reads"], path, squares), {})
+        rows = predict(who["ask"], who["forms"], rows, who["folder"] / f"predictions/{name}.jsonl", known, args)
+        for form in who["forms"]:
+            results[form][path.stem] = score(path.stem, [{**row, "prediction": row[form]} for row in rows])
+    who["settings"]["max_tiles"] = own_tiles
+    return who["name"], results
+
+
+def bench_measures(results):
+    """{column: value} of one run and form from {benchmark: what score() gives}: the paper's columns, mean, the rest."""
+    columns = {column: result[key] for name, result in results.items() for column, key in BENCHMARKS[name].items()
+               if key in result}
+    rest = {f"{name}: {key}": result[key] for name, result in results.items() for key in SHOWN.get(name, ())}
+    return {**columns, "mean": statistics.fmean(columns.values()), **rest}
+
+
+def report_benchmarks(args):
+    """Asks every run, or the endpoint, the benchmarks' questions; prints the table and writes it as JSON and PNG."""
+    files, groups, results, texts = bench_files(args.bench), {}, {}, {}
+    for run in [args.model] if args.endpoint else args.runs or default_runs(args.preset, args.seed):
+        name, results[str(run)] = bench_scores(run, files, texts, args)
+        measures = {form: bench_measures(scores) for form, scores in results[str(run)].items()}
+        groups.setdefault(name, []).append(measures)
+    print_table(groups)
+    print_bench_differences(results)
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    with data.written_whole(out / "benchmarks.json") as temporary:
+        temporary.write_text(json.dumps(without_nan({"table": groups, "runs": results}), indent=1) + "\n")
+    draw_bars(groups, [column for path in files for column in BENCHMARKS[path.stem]], out / "benchmarks.png")
+    print(f"The same as JSON and as a picture: {out / 'benchmarks.json'}, {out / 'benchmarks.png'}")
+
+
+def without_nan(value):
+    """A JSON value with null for what is not a number, such as the yes ratio of no answer at all."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def print_bench_differences(results):
+    """Differences of the mean score of a row, with 95 % intervals over rows: speech against text, run against run."""
+    listening = [run for run in results if "audio" in results[run]]
+    for i, run in enumerate(listening):
+        pairs = [("speech - text", results[run]["text"], results[run]["audio"])]
+        if i:
+            pairs.append((f"speech - that of {listening[0]}", results[listening[0]]["audio"], results[run]["audio"]))
+        for what, before, after in pairs:
+            for name in after:
+                mean, low, high = paired_bootstrap(before[name]["rows"], after[name]["rows"])
+                print(f"{run}, {name}, {what}: {mean:+.1f} points a row, 95 % interval {low:+.1f} to {high:+.1f}")
+
+
+def draw_bars(groups, columns, path):
+    """The table's columns as grouped bars: text once for each base, and every run's speech; means over seeds."""
+    from matplotlib.figure import Figure  # a second to import, and used by nothing else
+
+    bars = {}
+    for name, seeds in groups.items():
+        for form in seeds[0]:
+            values = [statistics.fmean(seed[form].get(column, math.nan) for seed in seeds) for column in columns]
+            if form == "audio" or values not in bars.values():
+                bars["text" if form == "text" and not bars else f"{name}, {form}"] = values
+    figure = Figure(figsize=(2 + 1.2 * len(columns), 4), layout="constrained")
+    axes, width = figure.add_subplot(), 0.8 / len(bars)
+    for i, (label, values) in enumerate(bars.items()):
+        axes.bar([x - 0.4 + (i + 0.5) * width for x in range(len(columns))], values, width, label=label)
+    axes.set_xticks(range(len(columns)), columns)
+    axes.set_ylabel("score (%)")
+    axes.legend(fontsize="small")
+    with data.written_whole(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)
+
+
 # ---- reporting -----------------------------------------------------------------------------------------------------
 
 
@@ -167,17 +399,22 @@ def mean_scores(rows, form, kinds):
     return {kind: 100 * statistics.fmean(scores) for kind, scores in by_kind.items() if scores}
 
 
-def summary(rows, kinds, average):
-    """One run's percentages, {"text": {line: value}, "audio": {line: value}}; lines are kinds, their mean..."""
+def summary(rows, kinds, average, more=None):
+    """One run's percentages, {"text": {line: value}, "audio": {line: value}}; lines are kinds, their mean, more's..."""
     measures = {}
     for form in ("text", "audio"):
         if rows[0][form] is None:
             continue
         scores = mean_scores(rows, form, kinds)
-        measures[form] = {**scores, average: statistics.fmean(scores.values())}
+        measures[form] = {**scores, average: statistics.fmean(scores.values()), **(more(rows, form) if more else {})}
         asked = [row[form].split()[:1] for row in rows if row["kind"] == "existence"]
         if asked:
             measures[form]["yes ratio"] = 100 * asked.count(["yes"]) / len(asked)
+        wrong = [row for row in rows if "scene" in row and row["kind"] in shapes.KINDS
+                 and not score_answer(row, row[form])]
+        if wrong:
+            named = statistics.fmean(names_what_is_there(row, row[form]) for row in wrong)
+            measures[form]["wrong, names what is there"] = 100 * named
     if rows[0]["transcript"] is not None:
         exact = 100 * statistics.fmean(row["transcript"] == row["question"] for row in rows)
         measures["audio"]["transcripts exact"] = exact
@@ -197,8 +434,8 @@ def table_columns(groups):
             columns["text" if len(texts) == 1 else f"text, {name}"] = text
         if "audio" in measures[0]:
             columns[f"{name}, audio"] = [m["audio"] for m in measures]
-            columns[f"{name}, gap"] = [{line: value - m["audio"][line] for line, value in m["text"].items()}
-                                       for m in measures]
+            columns[f"{name}, gap"] = [{line: value - m["audio"][line] for line, value in m["text"].items()
+                                        if line in m["audio"]} for m in measures]
     return columns
 
 
@@ -246,8 +483,11 @@ def default_runs(preset, seed):
     return runs
 
 
-def report(args, kinds, average):
-    """Evaluates the runs named on the command line and prints their table; used by mmalign.py as well."""
+def report(args, kinds, average, more=None):
+    """Evaluates the runs named on the command line and prints their table; used by mmalign.py as well.
+
+    more: further lines of the table, a function of (rows, form) that returns {line: value}
+    """
     device = torch.device(args.device)
     groups, answered, texts = {}, {}, {}
     for run in args.runs or default_runs(args.preset, args.seed):
@@ -255,7 +495,7 @@ def report(args, kinds, average):
         seed = about["training"]["seed"]
         folder = Path(args.data or f"runs/{args.preset}/data-s{seed}/test")
         rows = evaluate(run, folder, kinds, args.n, device, texts, str(run), args.max_tiles)
-        groups.setdefault(run_name(about), []).append(summary(rows, kinds, average))
+        groups.setdefault(run_name(about), []).append(summary(rows, kinds, average, more))
         answered[run_name(about), seed] = rows
         with data.written_whole(Path(run) / f"answers-{average.split()[0]}.jsonl") as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -293,12 +533,26 @@ if __name__ == "__main__":
     parser.add_argument("--image", help="ask one question about this picture")
     parser.add_argument("--question", help="the question; it is spoken by espeak-ng unless --audio is given")
     parser.add_argument("--audio", help="the question spoken, any format and rate that soundfile reads")
+    parser.add_argument("--bench", nargs="+", metavar="TSV", help="benchmarks: VLMEvalKit's files, or folders of them")
+    parser.add_argument("--speak", choices=["prompt", "question"], default="prompt", help="what of a benchmark's "
+                        "prompt is spoken: all, or the question, with options and format in writing after it")
+    parser.add_argument("--voice", default=data.VOICES[0], help="espeak-ng's voice for benchmarks, accent+variant")
+    parser.add_argument("--speech", default="runs/speech", help="folder that keeps the benchmarks' speech")
+    parser.add_argument("--batch", type=data.at_least_one, default=8, help="benchmark questions generated at once")
+    parser.add_argument("--max-new-tokens", type=data.at_least_one, default=64, help="of an answer, in benchmarks")
+    parser.add_argument("--out", default="runs/benchmarks", help="folder for the benchmarks' table as JSON and PNG")
+    parser.add_argument("--endpoint", metavar="URL", help="ask an OpenAI-compatible chat server (.../v1) and no run")
+    parser.add_argument("--model", help="the name of the server's model")
     args = parser.parse_args()
     if bool(args.image) != bool(args.question is not None or args.audio):
         parser.error("one question needs --image, and --question or --audio")
+    if bool(args.endpoint) != bool(args.model) or args.endpoint and (not args.bench or args.runs):
+        parser.error("an endpoint needs --model and --bench, and no run")
     with data.readable_errors():
         if args.image:
             run = args.runs[0] if args.runs else train.run_folder(args.preset, "vision-audio", 0.75, args.seed)
             answer_one(run, args.image, args.question, args.audio, torch.device(args.device))
+        elif args.bench:
+            report_benchmarks(args)
         else:
             report(args, shapes.KINDS, "mean of six kinds")

@@ -25,7 +25,6 @@ def test_the_table_is_printed_and_the_last_line_is_json(tmp_path):
 
 
 def test_the_check_of_gradients_can_fail(monkeypatch):
-    assert bench.worst_difference(ARGS) < 1e-12
     exact = bench.ours
     monkeypatch.setattr(bench, "ours", lambda ollm, batch, alpha: exact(ollm, batch, alpha) * (1 + 1e-6))
     assert bench.worst_difference(ARGS) > 1e-7

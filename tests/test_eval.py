@@ -6,7 +6,7 @@ import statistics
 import pytest
 
 import shapes
-from eval import paired_bootstrap, score_answer, tiles
+from eval import names_what_is_there, paired_bootstrap, score_answer, tiles
 
 
 @pytest.fixture(scope="module")
@@ -76,3 +76,10 @@ def test_tiles_go_by_number_or_by_benchmark():
     assert tiles(3, "benchmarks/DocVQA_VAL") == 3
     names = ("MME", "ChartQA_TEST", "DocVQA_VAL", "InfoVQA_VAL")
     assert [tiles("vlmevalkit", f"benchmarks/{name}") for name in names] == [6, 12, 18, 24]
+
+
+def test_a_wrong_answer_that_names_something_of_the_picture():
+    sample = {"question": "what color is the circle", "scene": "a red circle and a blue star"}
+    assert names_what_is_there(sample, "the star is blue") and names_what_is_there(sample, "red")
+    assert not names_what_is_there(sample, "the circle is green"), "the circle stands in the question already"
+    assert not names_what_is_there(sample, "yes there is") and not names_what_is_there(sample, "")

@@ -1,0 +1,333 @@
+"""MMAlign from ARO's files: what is drawn, cut, asked and left out; what counts as an answer; what the table says."""
+
+import json
+import random
+import shutil
+from collections import Counter
+
+import pytest
+import torch
+from conftest import build_ollm, run_here, run_script
+from PIL import Image
+from test_sources import build_vits
+
+import data
+import eval
+import mmalign
+import model
+import shapes
+
+SIZE, N = (40, 30), 6
+SHAPES = ("circle", "square", "triangle", "star")
+REASONS = {"the relation is symmetric": 2, "not a row of ARO": 5, "one sentence contains the other": 2,
+           "the box has no area": 2, "the question has more than 400 characters": 1, "the same as an earlier row": 2,
+           "the picture is missing": 2, "the picture is broken": 1, "the box lies outside the picture": 1}
+
+
+def row(image, true, false, box=(3, 2, 20, 10), relation="above"):
+    """A row as ARO's files have it."""
+    return {"image_id": 1, "image_path": image, **{f"bbox_{side}": value for side, value in zip("xywh", box)},
+            "true_caption": true, "false_caption": false, "relation_name": relation, "attributes": ["red", "blue"]}
+
+
+def relation_row(i, **options):
+    a, b = [(a, b) for a in SHAPES for b in SHAPES if a != b][i]
+    return row(f"{i % 5}.png", f"the {a} is above the {b}", f"the {b} is above the {a}", **options)
+
+
+def attribute_row(i):
+    a, b = [(a, b) for a in SHAPES for b in SHAPES if a < b][i % 6]
+    p, q = (("red", "blue"), ("white", "green"))[i // 6]
+    return row(f"{i % 5}.png", f"the {p} {a} and the {q} {b}", f"the {q} {a} and the {p} {b}")
+
+
+@pytest.fixture(scope="module")
+def aro(tmp_path_factory):
+    """ARO's files by hand: eight usable relations and eighteen that are not, twelve attributes, five pictures."""
+    folder = tmp_path_factory.mktemp("aro")
+    (folder / "images").mkdir()
+    for number in range(5):  # every pixel tells which picture it is of, and where it stood
+        image = Image.new("RGB", SIZE)
+        image.putdata([(6 * x, 8 * y, 50 * number) for y in range(SIZE[1]) for x in range(SIZE[0])])
+        image.save(folder / f"images/{number}.png")
+    (folder / "images/broken.png").write_bytes((folder / "images/0.png").read_bytes()[:60])
+    good = [relation_row(i) for i in range(6)]
+    good += [relation_row(6, box=(-5, 20, 100, 100)), relation_row(7, box=(30, -4, 10, 8))]  # beyond the border
+    lacking = {key: value for key, value in relation_row(8).items() if key != "bbox_w"}
+    same = "the star is above the star"
+    bad = [relation_row(8, relation="near"), relation_row(8, relation=" Next to "), "no row", lacking, None,
+           {**relation_row(8), "bbox_x": "3"}, {**relation_row(8), "true_caption": 7}, row("0.png", same, same),
+           row("0.png", "", "a star"), relation_row(8, box=(3, 3, 0, 9)), relation_row(8, box=(3, 3, 9, -1)),
+           row("0.png", "the " * 80 + "star", "a star"), relation_row(0), relation_row(6, box=(-5, 20, 100, 100)),
+           {**relation_row(8), "image_path": "none.png"}, {**relation_row(8), "image_path": "../images/0.png"},
+           {**relation_row(8), "image_path": "broken.png"}, relation_row(9, box=(41, 3, 9, 9))]
+    assert len(bad) == sum(REASONS.values())
+    (folder / "relation.json").write_text(json.dumps(bad[:9] + good + bad[9:]))
+    (folder / "attribution.json").write_text(json.dumps([attribute_row(i) for i in range(12)]))
+    return folder
+
+
+def command(aro, out, n=N, **other):
+    options = {"relation": aro / "relation.json", "attribution": aro / "attribution.json", "images": aro / "images",
+               "out": out, "n": n, **other}
+    return ["mmalign.py", "build", *(part for key, value in options.items() for part in (f"--{key}", value))]
+
+
+@pytest.fixture(scope="module")
+def built(aro, tmp_path_factory):
+    """The prepared folder of six relations and six attributes, and what was printed when it was made."""
+    folder = tmp_path_factory.mktemp("built")
+    done = run_script(*command(aro, folder / "mmalign"), cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder / "mmalign", done.stdout
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def drawn(aro, out, rows=None, seed=0, images="images", kind="relation", n=N):
+    """What is drawn from a relation file, without its speech."""
+    (out / "images").mkdir(parents=True, exist_ok=True)
+    (out / "rows.json").write_text(json.dumps(rows) if rows else (aro / "relation.json").read_text())
+    return mmalign.draw(out / "rows.json", kind, aro / images, out, n, seed)
+
+
+def test_every_question_is_built_as_promised_and_the_true_sentence_is_first_in_half(built):
+    folder, _ = built
+    first = Counter()
+    for line in lines(folder / "samples.jsonl"):
+        pair = [line["label"], line["false"]]
+        wordings = [mmalign.QUESTION.format(*pair), mmalign.QUESTION.format(*reversed(pair))]
+        assert line["answer"] == line["label"] != line["false"] and line["question"] in wordings
+        assert sorted(pair[0].split()) == sorted(pair[1].split()) and line["voice"] in data.HELD_OUT_VOICES
+        assert (" is above " in line["label"]) == (line["kind"] == "relation")
+        first[line["kind"], wordings.index(line["question"])] += 1
+    assert first == {(kind, place): N // 2 for kind in shapes.ALIGN_KINDS for place in (0, 1)}
+    assert 'which of the following two sentences correctly describes the image? "the ' in line["question"].lower()
+    samples = data.Samples(folder, {"max_tiles": 1, "image_size": 64})
+    assert [row["kind"] for row in samples.rows[:2]] == list(shapes.ALIGN_KINDS), "the first few are of both kinds"
+    assert all(len(samples[i]["wave"]) > 3 * data.SAMPLE_RATE for i in range(2 * N))
+    assert len({row["audio"] for row in samples.rows}) == len({row["id"] for row in samples.rows}) == 2 * N
+
+
+def test_pictures_are_cut_to_the_box_and_the_border(aro, tmp_path):
+    taken, _ = drawn(aro, tmp_path, n=8)
+    original = {row["true_caption"]: row for row in json.loads((aro / "relation.json").read_text())[9:17]}
+    assert {line["label"] for line in taken} == set(original)
+    for line in taken:
+        row, crop = original[line["label"]], Image.open(tmp_path / line["image"])
+        x, y, w, h = {6: (0, 20, 40, 10), 7: (30, 0, 10, 4)}.get(list(original).index(line["label"]), (3, 2, 20, 10))
+        assert crop.size == (w, h) and row["image_path"][0] in "01234"
+        blue = 50 * int(row["image_path"][0])
+        assert crop.getpixel((0, 0)) == (6 * x, 8 * y, blue)
+        assert crop.getpixel((w - 1, h - 1)) == (6 * (x + w - 1), 8 * (y + h - 1), blue)
+
+
+def test_what_cannot_be_asked_is_reported(aro, built, tmp_path):
+    folder, printed = built
+    counts = Counter(line["skipped"].split(":")[0] for line in lines(folder / "skipped.jsonl"))
+    assert f"{2 * N} samples; {counts.total()} left out" in printed
+    assert all(f"{count}  {reason}" in printed for reason, count in counts.items())
+    of_a_picture = ("the picture is missing", "the picture is broken", "the box lies outside the picture")
+    assert all(counts[reason] == count for reason, count in REASONS.items() if reason not in of_a_picture)
+    assert all(counts[reason] <= REASONS[reason] for reason in counts)
+    bad = mmalign.usable(aro / "relation.json", "relation")[1]
+    assert [line["id"] for line in bad[:3]] == ["relation-000000", "relation-000001", "relation-000002"]
+    assert bad[0]["skipped"] == "the relation is symmetric: near" and "bbox_w" in bad[3]["skipped"]
+    few = run_here(*command(aro, tmp_path / "few", n=10), cwd=tmp_path)
+    assert few.returncode == 1 and few.stderr.count("\n") == 1 and "8 rows can be used, 10 are needed" in few.stderr
+    assert all(f"{count} x {reason}" in few.stderr for reason, count in REASONS.items()), few.stderr
+    assert not (tmp_path / "few/samples.jsonl").exists()
+
+
+@pytest.mark.parametrize("name", ["near", "next to", "by", "with", "beside", "around", "standing next to"])
+def test_symmetric_relations_are_left_out(name):
+    with pytest.raises(data.BadInput, match=f"symmetric: {name}"):
+        mmalign.aro_row(relation_row(0, relation=name), "relation")
+    assert mmalign.aro_row(relation_row(0, relation=name), "attribute"), "which have no relation"
+    assert not {"above", "on", "in", "under", "to the left of", "riding", "covered with"} & set(mmalign.SYMMETRIC)
+
+
+def test_what_was_interrupted_goes_on_and_leaves_the_same_bytes(aro, built, tmp_path):
+    folder, _ = built
+    cut = tmp_path / "cut"
+    shutil.copytree(folder, cut)
+    for name in ("samples.jsonl", "skipped.jsonl"):
+        (cut / name).unlink()
+    for path in [*sorted(cut.glob("audio/*"))[3:], *sorted(cut.glob("images/*"))[3:]]:
+        path.unlink()
+    kept = {path: path.stat().st_mtime_ns for path in cut.glob("*/*")}
+    again = run_script(*command(aro, cut), cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert contents(cut) == contents(folder) and len(kept) == 6
+    assert all(path.stat().st_mtime_ns == time for path, time in kept.items()), "what was there is not made again"
+    assert "there already" in run_here(*command(aro, cut), cwd=tmp_path).stdout
+    other = run_here(*command(aro, cut, seed=1), cwd=tmp_path)
+    assert other.returncode == 1 and "choose another --out" in other.stderr and other.stderr.count("\n") == 1
+
+
+def test_a_draw_is_the_seeds_and_not_the_files_orders(aro, tmp_path):
+    rows = [relation_row(i) for i in range(12)]
+    asked = {name: [line["question"] for line in drawn(aro, tmp_path / name, rows=order, seed=seed)[0]]
+             for name, order, seed in (("a", rows, 0), ("b", rows[::-1], 0), ("c", rows, 1))}
+    assert asked["a"] == asked["b"] != asked["c"]
+    shutil.copytree(aro / "images", tmp_path / "images")
+    taken, _ = drawn(aro, tmp_path / "d", rows=rows)
+    lost = next(row for row in rows if row["true_caption"] == taken[2]["label"])["image_path"]
+    (tmp_path / "images" / lost).unlink()
+    fewer, skipped = drawn(aro, tmp_path / "e", rows=rows, images=tmp_path / "images")
+    spared = [line["label"] for line in taken
+              if next(row for row in rows if row["true_caption"] == line["label"])["image_path"] != lost]
+    assert [line["label"] for line in fewer][:len(spared)] == spared and len(fewer) == N > len(spared)
+    assert {line["skipped"] for line in skipped} == {f"the picture is missing: {lost}"}
+
+
+def test_speech_that_asks_in_the_other_order_is_never_kept(aro, tmp_path):
+    """With another picture missing the orders shift: a file of a name must still mean the same question."""
+    rows, by_speech, by_picture = [relation_row(i) for i in range(12)], {}, {}
+    for lost in range(5):
+        images = tmp_path / f"images{lost}"
+        shutil.copytree(aro / "images", images)
+        (images / f"{lost}.png").unlink()
+        for line in drawn(aro, tmp_path / f"out{lost}", rows=rows, images=images)[0]:
+            by_speech.setdefault(line["audio"], set()).add(line["question"])
+            by_picture.setdefault(line["image"], set()).add(line["question"])
+    assert max(map(len, by_picture.values())) == 2, "a row was asked in both orders, or nothing is tested"
+    assert max(map(len, by_speech.values())) == 1
+
+
+def test_mms_can_speak_it(aro, tmp_path):
+    voice = build_vits(tmp_path / "voice")
+    done = run_here(*command(aro, tmp_path / "out", n=2, tts="mms", voice=voice), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    samples = data.Samples(tmp_path / "out", {"max_tiles": 1, "image_size": 64})
+    assert len(samples) == 4 and all(len(samples[i]["wave"]) > 1000 and "voice" not in samples[i] for i in range(4))
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"n": 5}, "--n must be even"),
+    ({"n": 0}, "must be at least 1"),
+    ({"relation": "nowhere.json"}, "nowhere.json: cannot be read"),
+    ({"attribution": "object.json"}, "object.json: not a list of rows"),
+    ({"images": "nowhere"}, "0 rows can be used, 6 are needed; the others: 12 x the picture is missing"),
+    ({"tts": "parrot"}, "invalid choice"),
+])
+def test_what_cannot_be_built_is_one_clear_line(aro, tmp_path, change, message):
+    (tmp_path / "object.json").write_text("{}")
+    done = run_here(*command(aro, tmp_path / "out", **change), cwd=tmp_path)
+    assert done.returncode != 0 and message in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "out/samples.jsonl").exists()
+
+
+TRUE, FALSE = "the man is on the horse", "the horse is on the man"
+
+
+@pytest.mark.parametrize("reply, verdict, verdict_if_false_is_first", [
+    ("the man is on the horse", "right", "right"),
+    ("The man is on  the horse.", "right", "right"),
+    ('"**The man** is on the horse!"', "right", "right"),
+    ("It shows that the man is on the horse, I think.", "right", "right"),
+    ("the horse is on the man", "wrong", "wrong"),
+    ("the man is on the horse, not: the horse is on the man", None, None),
+    ("ECHO", None, None),
+    ("ECHO the man is on the horse", "right", "right"),
+    ("ECHO The second.", "wrong", "right"),
+    ("", None, None),
+    ("a man rides", None, None),
+    ("the man is on", None, None),
+    ("First", "right", "wrong"),
+    ("the second.", "wrong", "right"),
+    ("The first sentence is correct.", "right", "wrong"),
+    ("The second one", "wrong", "right"),
+    ("Sentence 1", "right", "wrong"),
+    ("sentence 2.", "wrong", "right"),
+    ("1", "right", "wrong"),
+    ("2.", "wrong", "right"),
+    ("(A)", "right", "wrong"),
+    ("B", "wrong", "right"),
+    ("the first sentence correctly describes the image", "right", "wrong"),
+    ("the second sentence: the man is on the horse", "right", "right"),
+    ("a", None, None),
+    ("A man", None, None),
+    ("the first is wrong", None, None),
+    ("1 and 2", None, None),
+    ("the first thing to see is a horse", None, None),
+    ("12", None, None),
+])
+def test_the_judge(reply, verdict, verdict_if_false_is_first):
+    for pair, wanted in (((TRUE, FALSE), verdict), ((FALSE, TRUE), verdict_if_false_is_first)):
+        question = mmalign.QUESTION.format(*pair)
+        assert mmalign.judge(reply.replace("ECHO", question.upper()), question, TRUE, FALSE) == wanted
+
+
+def test_the_built_in_world_is_scored_as_ever():
+    """The judge gives what this world's own rule gives: the true sentence is in the reply and the false one is not."""
+    rng, scores = random.Random(0), Counter()
+    words = shapes.vocabulary()
+    for number in range(4000):
+        sample = None
+        while sample is None:
+            sample = shapes.draw_question(rng, shapes.draw_scene(rng, True), (rng.choice(shapes.ALIGN_KINDS),))
+        parts = [sample["label"], sample["false"], sample["question"], sample["answer"], "s", *rng.choices(words, k=4)]
+        reply = words[number] if number < len(words) else " ".join(rng.choices(parts, k=rng.randint(1, 4)))
+        said = reply.replace(sample["question"], " ")
+        old = float(sample["label"] in said and sample["false"] not in said)
+        assert eval.score_answer(sample, reply) == old, (sample, reply)
+        scores[old] += 1
+    assert min(scores.values()) > 500
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A listening run with random weights."""
+    folder = tmp_path_factory.mktemp("run")
+    ollm = build_ollm(torch.float32)
+    model.save_run(ollm, folder / "base", {"stage": "vision-text", "alpha": 0.0, "seed": 0})
+    model.save_run(ollm, folder / "kd", {"stage": "vision-audio", "alpha": 0.75, "seed": 0}, base=folder / "base")
+    return folder / "kd"
+
+
+def table(printed):
+    """{line: [cells]} of the printed table."""
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line.startswith("|")]
+    return {name: cells for name, *cells in rows}
+
+
+def test_the_table_of_a_built_folder(built, run, tmp_path, monkeypatch):
+    def reply(ollm, samples, device, forms):
+        text = [s["label"] if s["kind"] == "relation" else "I do not know." for s in samples]
+        return {"text": text, "audio": ["The first sentence." if s["kind"] == "relation" else "B" for s in samples]}
+
+    monkeypatch.setattr(eval, "answers", reply)
+    done = run_here("mmalign.py", run, "--data", built[0], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert table(done.stdout) == {
+        "": ["text", "KD 0.75, audio", "KD 0.75, gap"], **{k: v for k, v in table(done.stdout).items() if "--" in k},
+        "relation": ["100.0", "50.0", "50.0"], "attribute": ["0.0", "50.0", "-50.0"],
+        "MMAlign mean": ["50.0", "50.0", "0.0"], "answered": ["50.0", "100.0", "-50.0"],
+        "right if answered": ["100.0", "50.0", "50.0"]}
+
+    monkeypatch.setattr(eval, "answers", lambda ollm, samples, *_: {
+        "text": [s["label"] for s in samples], "audio": ["" for _ in samples]})
+    silent = table(run_here("mmalign.py", run, "--data", built[0], cwd=tmp_path).stdout)
+    assert silent["answered"] == ["100.0", "0.0", "100.0"] and silent["right if answered"] == ["100.0", "", ""]
+
+
+def test_a_built_folder_is_asked_in_writing_and_aloud(built, run, tmp_path, world):
+    done = run_here("mmalign.py", run, "--data", built[0], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert list(table(done.stdout))[2:6] == ["relation", "attribute", "MMAlign mean", "answered"]
+    assert f"{2 * N} held-out questions" in done.stdout
+    asked = lines(run / "answers-MMAlign.jsonl")
+    assert len(asked) == 2 * N and all(isinstance(line[form], str) for line in asked for form in ("text", "audio"))
+    none = run_here("mmalign.py", run, "--data", world / "vision-audio", cwd=tmp_path)
+    assert none.returncode == 1 and "no question of the kinds relation, attribute" in none.stderr
+    (tmp_path / "runs/shapes").mkdir(parents=True)
+    (tmp_path / "runs/shapes/data-s0").symlink_to(world)
+    ours = run_here("mmalign.py", run, "--n", 4, cwd=tmp_path)
+    assert list(table(ours.stdout))[2:] == ["relation", "attribute", "MMAlign mean"], ours.stderr
