@@ -178,6 +178,7 @@ def check_words(tokenizer, text):
 # ---- the benchmarks ------------------------------------------------------------------------------------------------
 
 RATES = (175, 260, 350, 450)  # words a minute; a long question is spoken faster until Whisper hears it whole
+COLORS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#0072B2")  # Okabe and Ito's, for all eyes
 SHARES = ("yes ratio of answered", "yes ratio of all", "unknown share")
 SHOWN = {  # what the table says of a benchmark beside the paper's columns
     "MME": ("perception", "reasoning", "sum/28", "accuracy", *SHARES),
@@ -376,10 +377,11 @@ def draw_bars(groups, columns, path):
     figure = Figure(figsize=(2 + 1.2 * len(columns), 4), layout="constrained")
     axes, width = figure.add_subplot(), 0.8 / len(bars)
     for i, (label, values) in enumerate(bars.items()):
-        axes.bar([x - 0.4 + (i + 0.5) * width for x in range(len(columns))], values, width, label=label)
+        places = [x - 0.4 + (i + 0.5) * width for x in range(len(columns))]
+        axes.bar(places, values, width, label=label, color=COLORS[i % len(COLORS)])
     axes.set_xticks(range(len(columns)), columns)
     axes.set_ylabel("score (%)")
-    axes.legend(fontsize="small")
+    figure.legend(loc="outside upper center", ncols=4, fontsize="small")
     with data.written_whole(path) as temporary:
         figure.savefig(temporary, format="png", dpi=150)
 
