@@ -6,7 +6,7 @@
     python eval.py --image scene.png --question "what color is the circle"    # one question, in writing and aloud
     python eval.py --image scene.png --audio question.wav                     # one spoken question
     python eval.py RUN RUN --bench DIR                         # the paper's seven benchmarks, as many as DIR has
-    python eval.py --endpoint URL --model NAME --bench DIR     # the same of any omnimodal model behind a chat server
+    python eval.py --endpoint URL --model NAME --bench DIR     # and of any omnimodal model behind a chat server
 
 Answers are generated (greedy), batched by length, and each picture is seen once for both forms of its question.
 
@@ -285,9 +285,9 @@ def ask_run(ollm, device, max_new_tokens, samples, forms):
 
 def subject(run, args):
     """Who is asked: {"name" in the table, "folder" for answers, "reads" (what answers written questions), "forms",
-    "settings" of prompts, "ask" as `predict` wants it}; a run, or the endpoint's model.
+    "settings" of prompts, "ask" as `predict` wants it}; a run, or for None the endpoint's model.
     """
-    if args.endpoint:
+    if run is None:
         ask = functools.partial(endpoint.answers, args.endpoint, args.model, max_new_tokens=args.max_new_tokens)
         folder = Path("runs/endpoint") / re.sub(r"[^\w.-]+", "-", args.model)
         return {"name": args.model, "folder": folder, "reads": args.model, "forms": ("text", "audio"),
@@ -302,18 +302,18 @@ def subject(run, args):
 def bench_scores(run, files, texts, args):
     """(the subject's name, {form: {benchmark: what score() gives}}) of a run on these files."""
     who = subject(run, args)
-    results, own_tiles = {form: {} for form in who["forms"]}, who["settings"]["max_tiles"]
+    results = {form: {} for form in who["forms"]}
     for path in files:
-        if args.max_tiles is not None:
+        if args.max_tiles is not None and run is not None:
             who["settings"]["max_tiles"] = tiles(args.max_tiles, path.stem)
         squares = who["settings"]["max_tiles"]
         rows = bench_rows(path, args.n)
-        name = f"{path.stem}-{args.speak}-{args.voice.replace('/', '_')}" + (f"-{squares}tiles" if squares else "")
+        name = f"{path.stem}-{args.speak}-{args.voice.replace('/', '_')}-{args.max_new_tokens}tokens"
+        name += f"-{squares}tiles" if squares else ""
         known = texts.setdefault((who["reads"], path, squares), {})
         rows = predict(who["ask"], who["forms"], rows, who["folder"] / f"predictions/{name}.jsonl", known, args)
         for form in who["forms"]:
             results[form][path.stem] = score(path.stem, [{**row, "prediction": row[form]} for row in rows])
-    who["settings"]["max_tiles"] = own_tiles
     return who["name"], results
 
 
@@ -326,12 +326,13 @@ def bench_measures(results):
 
 
 def report_benchmarks(args):
-    """Asks every run, or the endpoint, the benchmarks' questions; prints the table and writes it as JSON and PNG."""
+    """Asks every run, and the endpoint, the benchmarks' questions; prints the table and writes it as JSON and PNG."""
     files, groups, results, texts = bench_files(args.bench), {}, {}, {}
-    for run in [args.model] if args.endpoint else args.runs or default_runs(args.preset, args.seed):
-        name, results[str(run)] = bench_scores(run, files, texts, args)
-        measures = {form: bench_measures(scores) for form, scores in results[str(run)].items()}
-        groups.setdefault(name, []).append(measures)
+    runs = args.runs or ([] if args.endpoint else default_runs(args.preset, args.seed))
+    for run in [*runs, *([None] if args.endpoint else [])]:
+        name, scored = bench_scores(run, files, texts, args)
+        results[name if run is None else str(run)] = scored
+        groups.setdefault(name, []).append({form: bench_measures(scores) for form, scores in scored.items()})
     print_table(groups)
     print_bench_differences(results)
     out = Path(args.out)
@@ -543,13 +544,13 @@ if __name__ == "__main__":
     parser.add_argument("--batch", type=data.at_least_one, default=8, help="benchmark questions generated at once")
     parser.add_argument("--max-new-tokens", type=data.at_least_one, default=64, help="of an answer, in benchmarks")
     parser.add_argument("--out", default="runs/benchmarks", help="folder for the benchmarks' table as JSON and PNG")
-    parser.add_argument("--endpoint", metavar="URL", help="ask an OpenAI-compatible chat server (.../v1) and no run")
+    parser.add_argument("--endpoint", metavar="URL", help="ask an OpenAI-compatible chat server (.../v1), too")
     parser.add_argument("--model", help="the name of the server's model")
     args = parser.parse_args()
     if bool(args.image) != bool(args.question is not None or args.audio):
         parser.error("one question needs --image, and --question or --audio")
-    if bool(args.endpoint) != bool(args.model) or args.endpoint and (not args.bench or args.runs):
-        parser.error("an endpoint needs --model and --bench, and no run")
+    if bool(args.endpoint) != bool(args.model) or args.endpoint and not args.bench:
+        parser.error("an endpoint needs --model and --bench")
     with data.readable_errors():
         if args.image:
             run = args.runs[0] if args.runs else train.run_folder(args.preset, "vision-audio", 0.75, args.seed)

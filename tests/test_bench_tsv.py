@@ -98,7 +98,7 @@ def test_an_evaluation_that_was_killed_goes_on_to_the_same_answers(place, tmp_pa
     options = ["sft", "--bench", "tsv/DocVQA_VAL.tsv", "--batch", 2, "--max-new-tokens", 12]
     command = [sys.executable, ROOT / "eval.py", *map(str, options)]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    predictions = tmp_path / "sft/predictions/DocVQA_VAL-prompt-gmw_en-US+m1-1tiles.jsonl"
+    predictions = tmp_path / "sft/predictions/DocVQA_VAL-prompt-gmw_en-US+m1-12tokens-1tiles.jsonl"
     while process.poll() is None and not (predictions.exists() and predictions.read_text().count("\n") >= 6):
         time.sleep(0.005)
     process.kill()
