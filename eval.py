@@ -3,6 +3,7 @@
     python eval.py                                             # base, after alignment and every alpha of seed 0
     python eval.py runs/shapes/vision-audio-a*-s[012]          # any runs; those that differ by seed alone are averaged
     python eval.py --show 10 runs/shapes/audio-text-s0         # and print ten of its answers
+    python eval.py --cases 8                                   # eight questions with every run's answer, as a picture
     python eval.py --image scene.png --question "what color is the circle"    # one question, in writing and aloud
     python eval.py --image scene.png --audio question.wav                     # one spoken question
     python eval.py RUN RUN --bench DIR                         # the paper's seven benchmarks, as many as DIR has
@@ -23,9 +24,11 @@ import functools
 import hashlib
 import json
 import math
+import os
 import random
 import re
 import statistics
+import textwrap
 from pathlib import Path
 
 import torch
@@ -486,6 +489,40 @@ def default_runs(preset, seed):
     return runs
 
 
+def show_cases(answered, folder, n, out):
+    """n held-out questions with their pictures and every run's answer, as out/cases.md and out/cases.png (Fig. 9).
+
+    answered  {(run name, seed): rows}, of which the first seed is shown; the questions are drawn blindly
+    """
+    from matplotlib.figure import Figure  # a second to import
+
+    first = next(iter(answered))[1]
+    runs = {name: rows for (name, seed), rows in answered.items() if seed == first}
+    forms = {"text": ("text", next(iter(runs.values())))}
+    forms |= {f"{name}, audio": ("audio", rows) for name, rows in runs.items() if rows[0]["audio"] is not None}
+    rows = next(iter(runs.values()))
+    chosen = random.Random(0).sample([i for i, row in enumerate(rows) if "image" in row], min(n, len(rows)))
+    lines = [["picture", "question", "true", *forms], ["---"] * (3 + len(forms))]
+    figure = Figure(figsize=(9, 1.9 * len(chosen)), layout="constrained")
+    for (left, right), i in zip(figure.subplots(len(chosen), 2, squeeze=False, width_ratios=(1, 5)), chosen):
+        row, said = rows[i], {label: answers[i][form] for label, (form, answers) in forms.items()}
+        left.imshow(data.load_image(folder / row["image"]))
+        text = [f"{row['question']}?  ({row['label']})", ""]
+        text += [f"{label:{max(map(len, said))}}  {'right' if score_answer(row, answer) == 1 else 'WRONG'}  "
+                 + textwrap.shorten(answer, 90) for label, answer in said.items()]
+        right.text(0, 0.5, "\n".join(text), family="monospace", fontsize=8, va="center")
+        for axes in (left, right):
+            axes.set_axis_off()
+        picture = f"![]({os.path.relpath(folder / row['image'], out)})"
+        lines.append([picture, row["question"], row["label"], *said.values()])
+    out.mkdir(parents=True, exist_ok=True)
+    with data.written_whole(out / "cases.md") as temporary:
+        temporary.write_text("".join(f"| {' | '.join(line)} |\n" for line in lines))
+    with data.written_whole(out / "cases.png") as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+    print(f"{len(chosen)} questions with every run's answer: {out / 'cases.md'}, {out / 'cases.png'}")
+
+
 def report(args, kinds, average, more=None):
     """Evaluates the runs named on the command line and prints their table; used by mmalign.py as well.
 
@@ -508,6 +545,9 @@ def report(args, kinds, average, more=None):
           + (", mean ± standard deviation over seeds" if any(len(g) > 1 for g in groups.values()) else ""))
     print_table(groups)
     print_differences(answered)
+    if args.cases:
+        seed = next(iter(answered))[1]
+        show_cases(answered, Path(args.data or f"runs/{args.preset}/data-s{seed}/test"), args.cases, Path(args.out))
 
 
 def tile_count(text):
@@ -526,6 +566,9 @@ def arguments(description):
     parser.add_argument("--max-tiles", type=tile_count, help="squares a picture is cut into, thumbnail aside: a number "
                         "or vlmevalkit, which goes by the benchmark (default: as the run was trained)")
     parser.add_argument("--show", type=int, default=0, help="print so many of each run's answers")
+    parser.add_argument("--cases", type=data.at_least_one, help="put so many questions with every run's answer in a "
+                        "picture and a Markdown table")
+    parser.add_argument("--out", default="runs/report", help="folder for tables and pictures")
     parser.add_argument("--device", choices=["cpu", "cuda", "mps"], help="where to run (default: cuda if there is one)",
                         default="cuda" if torch.cuda.is_available() else "cpu")
     return parser
@@ -543,7 +586,6 @@ if __name__ == "__main__":
     parser.add_argument("--speech", default="runs/speech", help="folder that keeps the benchmarks' speech")
     parser.add_argument("--batch", type=data.at_least_one, default=8, help="benchmark questions generated at once")
     parser.add_argument("--max-new-tokens", type=data.at_least_one, default=64, help="of an answer, in benchmarks")
-    parser.add_argument("--out", default="runs/benchmarks", help="folder for the benchmarks' table as JSON and PNG")
     parser.add_argument("--endpoint", metavar="URL", help="ask an OpenAI-compatible chat server (.../v1), too")
     parser.add_argument("--model", help="the name of the server's model")
     args = parser.parse_args()

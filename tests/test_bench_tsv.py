@@ -79,10 +79,10 @@ def test_all_seven_by_text_and_by_voice(place):
         assert f"| {column} " in done.stdout
     assert "MME: yes ratio of answered" in done.stdout and "SFT, audio" in done.stdout
     assert "sft, MME, speech - text:" in done.stdout and "95 % interval" in done.stdout
-    result = json.loads((place / "runs/benchmarks/benchmarks.json").read_text())
+    result = json.loads((place / "runs/report/benchmarks.json").read_text())
     assert set(result["runs"]["sft"]) == {"text", "audio"} and set(result["runs"]["base"]) == {"text"}
     assert len(result["runs"]["sft"]["audio"]["HallusionBench"]["rows"]) == 4
-    assert Image.open(place / "runs/benchmarks/benchmarks.png").size[0] > 500
+    assert Image.open(place / "runs/report/benchmarks.png").size[0] > 500
     lines = (next((place / "sft/predictions").glob("RealWorldQA-*"))).read_text().splitlines()
     lines = sorted(map(json.loads, lines), key=lambda line: line["index"])
     assert [line["index"] for line in lines] == ["0", "1"] and all(isinstance(line["audio"], str) for line in lines)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import time
 import pytest
 import torch
 from conftest import ROOT, build_ollm, run_here, run_script
+from PIL import Image
 
 import model
 from safetensors.torch import load_file, save_file
@@ -105,10 +107,15 @@ def test_the_chain_makes_what_is_missing_and_reuses_it(world, tmp_path):
     same = [losses(tmp_path / f"runs/shapes/vision-audio-a{alpha}-s3")[0] for alpha in ("0.5", "0")]
     assert same[0]["ce"] == pytest.approx(same[1]["ce"], rel=1e-5), "the same start and the same first batch"
 
-    table = run_script("eval.py", "--seed", 3, "--n", 24, "--show", 2, cwd=tmp_path)
+    table = run_script("eval.py", "--seed", 3, "--n", 24, "--show", 2, "--cases", 3, cwd=tmp_path)
     assert table.returncode == 0, table.stderr
     assert all(column in table.stdout for column in (" text |", "aligned, audio", "SFT, audio", "KD 0.5, gap"))
     assert all(line in table.stdout for line in ("KD 0.5 - SFT", "transcripts exact", "wrong, names what is there"))
+    cases = (tmp_path / "runs/report/cases.md").read_text().splitlines()
+    assert len(cases) == 2 + 3 and cases[0].count("|") == cases[4].count("|") == 8
+    assert Image.open(tmp_path / "runs/report/cases.png").height > 300
+    picture, = re.findall(r"!\[\]\((.*?)\)", cases[2])
+    assert (tmp_path / "runs/report" / picture).is_file()
     align = run_here("mmalign.py", "--seed", 3, cwd=tmp_path)
     assert align.returncode == 0 and "relation" in align.stdout, align.stderr
     picture = tmp_path / "runs/shapes/data-s3/test/images/000000.png"
