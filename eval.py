@@ -445,12 +445,12 @@ def table_columns(groups):
     return columns
 
 
-def cell(values):
+def cell(values, digits=1):
     """A table cell: the mean over seeds, and with several seeds their standard deviation."""
     if None in values:
         return ""
-    spread = f" ±{statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.1f}{spread}"
+    spread = f" ±{statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{digits}f}{spread}"
 
 
 def print_table(groups):

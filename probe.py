@@ -1,7 +1,7 @@
 """What the model makes of a spoken question inside: four probes in the manner of arXiv 2604.02605.
 
     python probe.py                                            # base, after alignment and every alpha of seed 0
-    python probe.py runs/shapes/vision-audio-a0.75-s0 --n 100 --window 2 --out figures
+    python probe.py runs/shapes/vision-audio-a*-s[012] --n 100 --window 2     # seeds are averaged
 
 lens        What a layer's states at the audio tokens would say (final norm and head applied): how many of the written
             question's words are among the --top likeliest words at any audio token; chance: the words of another item's
@@ -251,43 +251,57 @@ def write_csv(found, kind, path):
     """The curves of all runs, a line a number; layers count from 1, and a window is called by its first."""
     with data.written_whole(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as out:
         writer = csv.writer(out)
-        writer.writerow(["run", "line", "layer", "value"])
-        for run, result in found.items():
-            for line, values in result[kind].items():
-                name = line if isinstance(line, str) else ": ".join(line)
-                writer.writerows([run, name, layer, f"{value:.6g}"] for layer, value in enumerate(values, 1))
+        writer.writerow(["run", "seed", "line", "layer", "value"])
+        for name, by_seed in found.items():
+            for seed, result in by_seed.items():
+                for line, values in result[kind].items():
+                    line = line if isinstance(line, str) else ": ".join(line)
+                    writer.writerows([name, seed, line, i, f"{value:.6g}"] for i, value in enumerate(values, 1))
+
+
+def over_seeds(by_seed, kind, line):
+    """Mean and standard deviation over seeds of a curve, two (L,); the latter 0 for a single seed."""
+    values = torch.tensor([result[kind][line] for result in by_seed.values()])  # (seeds, L)
+    return values.mean(0), values.std(0) if len(values) > 1 else torch.zeros_like(values[0])
 
 
 def draw_lens(found, top, path):
     """Share of the question's words that can be read per layer, and chance, as two panels."""
-    panels = {line: [(run, 100 * torch.tensor(result["lens"][line]), 0) for run, result in found.items()]
-              for line in next(iter(found.values()))["lens"]}
+    panels = {line: [] for line in ("own words", "chance")}
+    for line, curves in panels.items():
+        for name, by_seed in found.items():
+            curves.append((name, *(100 * values for values in over_seeds(by_seed, "lens", line))))
     attention.draw(panels, f"words in the top {top} (%)", path, sharey=True, looks=attention.LOOKS[1:])
 
 
 def draw_knockout(found, path):
-    """Change of the answer's log-likelihood per window, a panel a cut; written questions once, from the first run."""
-    first, panels = next(iter(found.values()))["knockout"], {}
-    for name in CUTS:
-        panels[name] = [("text", torch.tensor(first["text", name]), 0)]
-        panels[name] += [(f"{run}, audio", torch.tensor(result["knockout"]["audio", name]), 0)
-                         for run, result in found.items()]
+    """Change of the answer's log-likelihood per window, a panel a cut; written questions once, from the first runs."""
+    panels = {}
+    for cut_name in CUTS:
+        panels[cut_name] = [("text", *over_seeds(next(iter(found.values())), "knockout", ("text", cut_name)))]
+        panels[cut_name] += [(f"{name}, audio", *over_seeds(by_seed, "knockout", ("audio", cut_name)))
+                             for name, by_seed in found.items()]
     attention.draw(panels, "change of log-likelihood (nats)", path)
 
 
-def print_tables(found):
-    """Prints the numbers of all runs as one Markdown table, the curves layer by layer."""
-    print(f"{next(iter(found.values()))['items']} items a run")
+def lines_of(result):
+    """{line: number} of all that a run's probes found, the curves layer by layer."""
+    lens_lines = {f"lens, {line}, layer {i}, %": 100 * value for line, values in result["lens"].items()
+                  for i, value in enumerate(values, 1)}
+    knockout_lines = {f"{name}, {form}, from layer {i}, nats": value
+                      for (form, name), values in result["knockout"].items() for i, value in enumerate(values, 1)}
+    return {**result["table"], **lens_lines, **knockout_lines}
+
+
+def print_table(found):
+    """Prints the numbers of all runs as one Markdown table, mean and standard deviation over seeds."""
+    first = next(iter(found.values()))
+    print(f"{next(iter(first.values()))['items']} items a run, seed {', '.join(map(str, first))}")
     print(f"| | {' | '.join(found)} |\n|---|{'---:|' * len(found)}")
-    columns = []
-    for result in found.values():
-        lens_lines = {f"lens, {line}, layer {i}, %": 100 * value for line, values in result["lens"].items()
-                      for i, value in enumerate(values, 1)}
-        knockout_lines = {f"{name}, {form}, from layer {i}, nats": value
-                          for (form, name), values in result["knockout"].items() for i, value in enumerate(values, 1)}
-        columns.append({**result["table"], **lens_lines, **knockout_lines})
-    for line in columns[0]:
-        print(f"| {line} | {' | '.join(f'{column[line]:.2f}' if line in column else '' for column in columns)} |")
+    columns = [[lines_of(result) for result in by_seed.values()] for by_seed in found.values()]
+    for line in columns[0][0]:
+        cells = ([result.get(line) for result in column] for column in columns)
+        print(f"| {line} | {' | '.join(eval.cell(values, digits=2) for values in cells)} |")
 
 
 if __name__ == "__main__":
@@ -302,11 +316,14 @@ if __name__ == "__main__":
             raise BadInput("the base alone is there, and cannot listen: train the stage audio-text")
         found, out = {}, Path(args.out)
         for run in runs:
-            training = model.about_run(run)["training"]
-            found[f"{eval.run_name({'training': training})}, seed {training['seed']}"] = probe(run, args)
+            about = model.about_run(run)
+            by_seed, seed = found.setdefault(eval.run_name(about), {}), about["training"]["seed"]
+            if seed in by_seed:
+                raise BadInput(f"{run}: a second run called {eval.run_name(about)} of seed {seed}")
+            by_seed[seed] = probe(run, args)
         out.mkdir(parents=True, exist_ok=True)
         for kind in ("lens", "knockout"):
             write_csv(found, kind, out / f"{kind}.csv")
         draw_lens(found, args.top, out / "lens.png")
         draw_knockout(found, out / "knockout.png")
-        print_tables(found)
+        print_table(found)
