@@ -23,7 +23,6 @@ Letters in shape comments: B batch, T tokens (question, picture, answer and padd
 S spans looked at (6), D width of the LLM.
 """
 
-import argparse
 import contextlib
 import csv
 import statistics
@@ -287,16 +286,9 @@ def draw_attention(found, measure, path):
 
 def arguments(description):
     """The arguments that attention.py and probe.py share."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="*", help="run folders (default: the chain of --preset and --seed)")
-    parser.add_argument("--preset", choices=train.PRESETS, default="shapes", help="whose runs, if none are named")
-    parser.add_argument("--seed", type=int, default=0, help="whose runs, if none are named")
-    parser.add_argument("--data", help="prepared folder of items (default: the test part of each run's seed)")
-    parser.add_argument("--n", type=data.at_least_one, help="take only the first so many items")
+    parser = eval.run_arguments(description)
+    parser.set_defaults(out="runs/attention")
     parser.add_argument("--batch", type=data.at_least_one, default=8, help="items in one pass")
-    parser.add_argument("--out", default="runs/attention", help="folder for figures and numbers")
-    parser.add_argument("--device", choices=["cpu", "cuda", "mps"], help="where to run (default: cuda if there is one)",
-                        default="cuda" if torch.cuda.is_available() else "cpu")
     return parser
 
 

@@ -555,22 +555,28 @@ def tile_count(text):
     return text if text == "vlmevalkit" else data.at_least_one(text)
 
 
-def arguments(description):
-    """The arguments that eval.py and mmalign.py share."""
+def run_arguments(description):
+    """The arguments of every script that looks at runs."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", help="run folders (default: the chain of --preset and --seed)")
     parser.add_argument("--preset", choices=train.PRESETS, default="shapes", help="whose runs, if none are named")
     parser.add_argument("--seed", type=int, default=0, help="whose runs, if none are named")
     parser.add_argument("--data", help="prepared folder of questions (default: the test part of each run's seed)")
-    parser.add_argument("--n", type=data.at_least_one, help="ask only the first so many questions")
+    parser.add_argument("--n", type=data.at_least_one, help="take only the first so many questions")
+    parser.add_argument("--out", default="runs/report", help="folder for tables and pictures")
+    parser.add_argument("--device", choices=["cpu", "cuda", "mps"], help="where to run (default: cuda if there is one)",
+                        default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser
+
+
+def arguments(description):
+    """The arguments that eval.py and mmalign.py share."""
+    parser = run_arguments(description)
     parser.add_argument("--max-tiles", type=tile_count, help="squares a picture is cut into, thumbnail aside: a number "
                         "or vlmevalkit, which goes by the benchmark (default: as the run was trained)")
     parser.add_argument("--show", type=int, default=0, help="print so many of each run's answers")
     parser.add_argument("--cases", type=data.at_least_one, help="put so many questions with every run's answer in a "
                         "picture and a Markdown table")
-    parser.add_argument("--out", default="runs/report", help="folder for tables and pictures")
-    parser.add_argument("--device", choices=["cpu", "cuda", "mps"], help="where to run (default: cuda if there is one)",
-                        default="cuda" if torch.cuda.is_available() else "cpu")
     return parser
 
 
