@@ -35,8 +35,7 @@ import data
 import eval
 import model
 import shapes
-import train
-from data import AUDIO_SLOT, IGNORE, BadInput
+from data import IGNORE, BadInput
 
 SPANS = ("system", "vision", "query", "turn", "response", "padding")
 SYSTEM, VISION, QUERY, TURN, RESPONSE, PADDING = range(len(SPANS))
@@ -44,8 +43,7 @@ LOOKING = ("query", "response")
 PANELS = (("query", "vision"), ("query", "query"), ("query", "system"),
           ("response", "vision"), ("response", "query"), ("response", "response"))
 MEASURES = {"share": "share of attention (%)", "per token": "share of attention per token (%)"}
-LOOKS = (("#000000", "o", "-"), ("#E69F00", "s", "--"), ("#0072B2", "^", "-."), ("#009E73", "D", "-"),
-         ("#CC79A7", "v", ":"), ("#56B4E9", "P", "--"), ("#D55E00", "X", "-."))  # Okabe and Ito's colours
+LOOKS = tuple(zip(eval.COLORS, "os^DvPX", ("-", "--", "-.", "-", ":", "--", "-.")))  # colour, marker, line
 
 
 # ---- one pass -------------------------------------------------------------------------------------------------------
@@ -66,15 +64,8 @@ def spans_of(ollm, batch, form):
 def embedded(ollm, batch, form):
     """What the LLM reads of `<system><image><query><answer>` in one piece: embeddings (B, T, D)."""
     ids = torch.cat([batch["prefix"]["ids"], batch[form]["ids"]], dim=1)  # (B, T)
-    image, slots = ids == ollm.lvlm.config.image_token_id, ids == AUDIO_SLOT  # (B, T)
-    x = ollm.lvlm.get_input_embeddings()(ids.masked_fill(slots, 0))  # (B, T, D)
-    if batch["pixels"] is not None:
-        x = x.masked_scatter(image[..., None], ollm.see(batch["pixels"]).to(x.dtype))
-    if form == "audio":
-        heard = ollm.hear(batch["mel"], batch["n_frames"])  # (B, A, D), A audio tokens
-        real = torch.arange(heard.size(1), device=x.device) < slots.sum(1, keepdim=True)  # (B, A)
-        x = x.masked_scatter(slots[..., None], heard[real].to(x.dtype))
-    return x
+    heard = ollm.hear(batch["mel"], batch["n_frames"]) if form == "audio" else None  # (B, A, D), A audio tokens
+    return ollm.embed(ids, batch["pixels"], heard)
 
 
 def full_pass(ollm, batch, form):
@@ -116,6 +107,7 @@ def watched(llm, reduce):
     seen, layers = [], [layer.self_attn for layer in llm.layers]
 
     def look(module, given, made):
+        """Hook: made is (output, attention)."""
         seen.append(reduce(made[1]))
 
     with eager(llm), hooked(torch.nn.Module.register_forward_hook, layers, look):
@@ -134,6 +126,7 @@ def shares(ollm, batch, form):
     onto = torch.nn.functional.one_hot(spans, len(SPANS)).float()  # (B, T, S)
 
     def reduce(attention):
+        """(B, heads, T, T) to (B, F, S)."""
         return torch.einsum("bqf,bqk,bks->bfs", looks, attention.float().mean(1), onto)  # (B, F, S)
 
     with watched(ollm.lvlm.model.language_model, reduce) as seen:
@@ -166,8 +159,7 @@ def curve(ollm, folder, form, n, batch_size, device, desc):
         if form == "text":
             items = [{key: value for key, value in item.items() if key != "wave"} for item in items]
         said = eval.answers(ollm, items, device, forms=(form,))[form]
-        items = [{**item, "answer": answer} for item, answer in zip(items, said)]
-        batch = train.to(data.collate(items, ollm.tokenizer, ollm.mel_extractor, ollm.settings), device)
+        batch = eval.collated(ollm, [{**i, "answer": a} for i, a in zip(items, said)], device, answers=True)
         share, spans = shares(ollm, batch, form)  # (B, L, F, S), (B, T)
         counts = torch.nn.functional.one_hot(spans, len(SPANS)).sum(1)  # (B, S)
         total["share"] += 100 * share.sum(0).cpu()

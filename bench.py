@@ -194,6 +194,7 @@ def worst_difference(args):
     trained = [p for p in ollm.parameters() if p.requires_grad]
 
     def gradient(loss_of, alpha, seconds):
+        """The loss's gradient for all that is trained, as one vector."""
         batch = make_batch(ollm, 4, args, seconds)
         batch |= {key: batch[key].double() for key in ("pixels", "mel")}
         return torch.cat([g.flatten() for g in torch.autograd.grad(loss_of(ollm, batch, alpha), trained)])

@@ -178,6 +178,7 @@ def score(benchmark, rows):
 
 
 def percent(scores):
+    """The mean of scores from 0 to 1, in percent."""
     return 100 * fmean(scores)
 
 
@@ -375,6 +376,7 @@ def relaxed_match(true, reply):
     So a reply of 0 has to be the same text.
     """
     def right(answer, reply):
+        """Whether the reply matches this one answer."""
         wanted, said = number(answer), number(reply)
         if wanted is None or not said:
             return answer.lower() == reply.lower()
@@ -397,6 +399,7 @@ def anls(true, reply):
     Case and runs of blanks make no edit, but the length is that of the longer text as it stands, in capitals.
     """
     def distance(answer):
+        """Edits from the reply to this one answer, by length."""
         a, b = (" ".join(said.lower().split()) for said in (answer, reply))
         return edits(a, b) / (max(len(answer.upper()), len(reply.upper())) or 1)
 

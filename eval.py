@@ -90,9 +90,9 @@ def paired_bootstrap(a, b, draws=2000, seed=0):
 # ---- asking --------------------------------------------------------------------------------------------------------
 
 
-def collated(ollm, samples, device):
-    """A batch of samples for generation, on the device."""
-    batch = data.collate(samples, ollm.tokenizer, ollm.mel_extractor, ollm.settings, answers=False)
+def collated(ollm, samples, device, answers=False):
+    """A batch of samples on the device, for generation; or with their answers, as in training."""
+    batch = data.collate(samples, ollm.tokenizer, ollm.mel_extractor, ollm.settings, answers)
     return train.to(batch, device)
 
 
@@ -181,7 +181,7 @@ def check_words(tokenizer, text):
 # ---- the benchmarks ------------------------------------------------------------------------------------------------
 
 RATES = (175, 260, 350, 450)  # words a minute; a long question is spoken faster until Whisper hears it whole
-COLORS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#0072B2")  # Okabe and Ito's, for all eyes
+COLORS = ("#000000", "#E69F00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")  # Okabe and Ito's, for all eyes
 SHARES = ("yes ratio of answered", "yes ratio of all", "unknown share")
 SHOWN = {  # what the table says of a benchmark beside the paper's columns
     "MME": ("perception", "reasoning", "sum/28", "accuracy", *SHARES),

@@ -102,15 +102,27 @@ class OLLM(nn.Module):
         x = x.unflatten(1, (-1, 2)).mean(2)  # (B, A, W): 25 tokens a second, as in Qwen2-Audio
         return self.projector(x)  # (B, A, D)
 
+    def embed(self, ids, pixels=None, heard=None):
+        """What the LLM reads of ids (B, T): embeddings (B, T, D), with image tokens and audio tokens in their slots.
+
+        pixels: image tiles (N, 3, H, W) of the whole batch; heard: audio tokens (B, A, D), which take the AUDIO_SLOTs.
+        """
+        speech = ids == AUDIO_SLOT  # (B, T)
+        x = self.lvlm.get_input_embeddings()(ids.masked_fill(speech, 0))  # (B, T, D)
+        if pixels is not None:
+            image = ids == self.lvlm.config.image_token_id  # (B, T)
+            seen = self.see(pixels).flatten(0, 1)  # (image tokens in the batch, D)
+            assert image.sum() == len(seen), f"{image.sum()} image slots for {len(seen)} image tokens"
+            x = x.masked_scatter(image[..., None], seen.to(x.dtype))
+        if heard is not None:
+            real = torch.arange(heard.size(1), device=x.device) < speech.sum(1, keepdim=True)  # (B, A)
+            x = x.masked_scatter(speech[..., None], heard[real].to(x.dtype))
+        return x
+
     def prefix(self, batch):
         """Runs `<system><image>` once: (cache of keys and values, mask (B, P)), to be continued by `suffix`."""
         ids, mask = batch["prefix"]["ids"], batch["prefix"]["mask"]  # (B, P)
-        x = self.lvlm.get_input_embeddings()(ids)  # (B, P, D)
-        if batch["pixels"] is not None:
-            slots = ids == self.lvlm.config.image_token_id  # (B, P)
-            seen = self.see(batch["pixels"]).flatten(0, 1)  # (image tokens in the batch, D)
-            assert slots.sum() == len(seen), f"{slots.sum()} image slots for {len(seen)} image tokens"
-            x = x.masked_scatter(slots[..., None], seen.to(x.dtype))
+        x = self.embed(ids, batch["pixels"])  # (B, P, D)
         llm, cache = self.lvlm.model.language_model, DynamicCache(config=self.lvlm.config.text_config)
         positions = torch.arange(ids.size(1), device=ids.device)[None]  # (1, P): padding stands right
         rotation = llm.rotary_emb(x, positions)
@@ -127,11 +139,7 @@ class OLLM(nn.Module):
         """
         cache, seen = copy.copy(prefix[0]), prefix[1]
         cache.layers = [copy.copy(layer) for layer in cache.layers]  # a cache grows in place: each branch its own
-        slots = suffix["ids"] == AUDIO_SLOT  # (B, S)
-        x = self.lvlm.get_input_embeddings()(suffix["ids"].masked_fill(slots, 0))  # (B, S, D)
-        if heard is not None:
-            real = torch.arange(heard.size(1), device=x.device) < slots.sum(1, keepdim=True)  # (B, A)
-            x = x.masked_scatter(slots[..., None], heard[real].to(x.dtype))
+        x = self.embed(suffix["ids"], heard=heard)  # (B, S, D)
         mask = torch.cat([seen, suffix["mask"]], dim=1)  # (B, P + S)
         positions = seen.sum(1, keepdim=True) + suffix["positions"]  # (B, S): padding is no position
         out = self.lvlm.model.language_model(inputs_embeds=x, attention_mask=mask, position_ids=positions,

@@ -37,18 +37,12 @@ import data
 import eval
 import model
 import shapes
-import train
 from attention import QUERY, RESPONSE, VISION
 from data import AUDIO_SLOT, IGNORE, BadInput
 
 CUTS = {"query -/-> vision": ("query", VISION), "answer -/-> query": ("response", QUERY),
         "answer -/-> vision": ("response", VISION)}
 MIXED_KINDS = ("count", "existence", "place")  # no answer to one has a word of another's class
-
-
-def collated(ollm, items, device):
-    """The items with their gold answers as a batch on the device."""
-    return train.to(data.collate(items, ollm.tokenizer, ollm.mel_extractor, ollm.settings), device)
 
 
 # ---- lens -----------------------------------------------------------------------------------------------------------
@@ -64,6 +58,7 @@ def likeliest(ollm, batch, top):
     heard = torch.cat([torch.zeros_like(batch["prefix"]["mask"]), slots], dim=1)  # (B, T)
 
     def read(module, given, hidden):
+        """Hook: hidden (B, T, D) is what the layer gives."""
         seen.append(ollm.lvlm.lm_head(llm.norm(hidden[heard])).topk(top).indices)  # (audio tokens, top)
 
     with attention.hooked(torch.nn.Module.register_forward_hook, llm.layers, read):
@@ -107,11 +102,13 @@ def cut(llm, first, width, pairs):
     """Inside, positions do not look where pairs (B, T, T) is true in the layers [first, first + width)."""
 
     def blind(layer, given, named):
+        """Hook: the layer's arguments with another mask."""
         mask = named["attention_mask"]  # (B, 1, T, T), added to the scores
         mask = mask.masked_fill(pairs[:, None], torch.finfo(mask.dtype).min)
         return given, {**named, "attention_mask": mask}
 
     def register(layer, hook):
+        """Puts a hook before the layer."""
         return layer.register_forward_pre_hook(hook, with_kwargs=True)
 
     with attention.eager(llm), attention.hooked(register, llm.layers[first: first + width], blind):
@@ -161,6 +158,7 @@ def sided(samples, kinds, answers):
     """Percent of answers that name a word of only the written question's class, and of only the spoken one's."""
 
     def names(kind, answer):
+        """Whether the answer has a word of the kind's class."""
         return bool(re.search(rf"\b(?:{'|'.join(shapes.CLASSES[kind])})\b", answer))
 
     pairs = [(names(s["kind"], a), names(kind, a)) for s, kind, a in zip(samples, kinds, answers)]
@@ -224,7 +222,7 @@ def probe(run, args):
     device, recalls, changes, shifts = torch.device(args.device), [], [], []
     for start in tqdm(range(0, len(indices), args.batch), desc=str(run), unit="batch", leave=False):
         items = [samples[i] for i in indices[start: start + args.batch]]
-        batch = collated(ollm, items, device)
+        batch = eval.collated(ollm, items, device, answers=True)
         recalls += lens(ollm, batch, items, args.top)
         changes.append({(form, name): change for form in ("text", "audio")
                         for name, change in knockout(ollm, batch, form, args.window).items()})
