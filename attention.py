@@ -33,9 +33,11 @@ from tqdm import tqdm
 
 import data
 import eval
+import faults
 import model
 import shapes
-from data import IGNORE, BadInput
+from data import IGNORE
+from faults import BadInput
 
 SPANS = ("system", "vision", "query", "turn", "response", "padding")
 SYSTEM, VISION, QUERY, TURN, RESPONSE, PADDING = range(len(SPANS))
@@ -226,7 +228,7 @@ def spread(by_seed, measure):
 
 def write_csv(found, path):
     """One line for each run, pair of spans and layer (from 1): share, share per token (percent), and their spread."""
-    with data.written_whole(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as out:
+    with faults.written_whole(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as out:
         writer = csv.writer(out)
         writer.writerow(["run", "seeds", "items", "from", "to", "layer", "share", "share_sd", "per_token",
                          "per_token_sd"])
@@ -262,7 +264,7 @@ def draw(panels, ylabel, path, rows=1, sharey=False, looks=LOOKS):
     figure.supylabel(ylabel)
     handles, labels = grid[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), columns + 1))
-    with data.written_whole(path) as temporary:
+    with faults.written_whole(path) as temporary:
         figure.savefig(temporary, format="png", dpi=150)
 
 
@@ -286,7 +288,7 @@ def arguments(description):
 
 if __name__ == "__main__":
     args = arguments(__doc__).parse_args()
-    with data.readable_errors():
+    with faults.readable_errors():
         found, out = curves(args), Path(args.out)
         out.mkdir(parents=True, exist_ok=True)
         write_csv(found, out / "attention.csv")

@@ -21,7 +21,7 @@ from statistics import fmean
 
 from PIL import Image
 
-from data import BadInput
+from faults import BadInput
 
 BENCHMARKS = {  # by the file's stem: the paper's columns, and which of the scorer's numbers stands in each
     "MME": {"MME": "overall"},

@@ -7,6 +7,7 @@ transcribe. Every source is brought to this format, the built-in world too (publ
 
     python data.py shapes --seed 0                     # to runs/shapes/data-s0, about a minute on two cores
     python data.py shapes --seed 0 --label-noise 0     # training answers without annotation errors
+    python data.py check runs/shapes/data-s0/test      # is every line, picture and recording whole?
     python data.py speak "what color is the circle" --out question.wav
 
 Letters in shape comments: B batch, T tokens, S suffix tokens, A audio tokens, N tiles, M mel bins, F mel frames.
@@ -14,14 +15,13 @@ Letters in shape comments: B batch, T tokens, S suffix tokens, A audio tokens, N
 
 import _ctypes
 import argparse
-import contextlib
 import ctypes
 import functools
+import hashlib
 import json
-import multiprocessing
 import os
 import random
-import sys
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import espeakng_loader
@@ -36,6 +36,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import shapes
+from faults import PARENT, BadInput, end_with, only_writer, readable_errors, start_worker, written_whole
 
 SAMPLE_RATE = 16_000
 TOKEN_SAMPLES = 640  # waveform samples per audio token: 10 ms hop x 2 (convolution stride) x 2 (pooling)
@@ -45,37 +46,12 @@ MAX_SECONDS = 30  # Whisper has positions for no more
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-class BadInput(Exception):
-    """Something the user gave cannot be used; the message says what and where, on one line."""
-
-
 def at_least_one(text):
     """An argparse type: a count."""
     count = int(text)
     if count < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, not {count}")
     return count
-
-
-@contextlib.contextmanager
-def readable_errors():
-    """Around a script's main part: an error that the user can mend is one line on stderr and exit code 1."""
-    try:
-        yield
-    except (BadInput, OSError) as error:
-        sys.exit(f"error: {error}")
-
-
-@contextlib.contextmanager
-def written_whole(path):
-    """Yields a temporary path beside `path`, renamed to it if all went well: a reader never sees half a file."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def fetch(path):
@@ -96,18 +72,24 @@ def read_json(path):
     """A JSON file's object. Raises BadInput if it is missing or broken."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BadInput(f"{path}: cannot be read: {error}") from None
 
 
 def json_lines(path):
     """("file:line", value) of each line of a JSONL file. Raises BadInput at a line that is not JSON."""
-    with open(path, encoding="utf-8", errors="replace") as lines:
+    with open(path, "rb") as lines:
         for number, line in enumerate(lines, 1):
-            try:
-                yield f"{path}:{number}", json.loads(line)
-            except json.JSONDecodeError as error:
-                raise BadInput(f"{path}:{number}: not JSON: {error}") from None
+            where = f"{path}:{number}"
+            yield where, parsed(line, where)
+
+
+def parsed(line, where):
+    """The value of a line of JSON (bytes). Raises BadInput if it is none."""
+    try:
+        return json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{where}: not JSON: {error}") from None
 
 
 # ---- reading -------------------------------------------------------------------------------------------------------
@@ -175,6 +157,14 @@ class Samples(torch.utils.data.Dataset):
         except BadInput as error:
             raise BadInput(f"{row['where']}: {error}") from None
         return row
+
+    def fingerprint(self):
+        """SHA-256 over the folder's lines and its files' sizes: which data it is, without reading every file."""
+        digest = hashlib.sha256((self.folder / "samples.jsonl").read_bytes())
+        for name in sorted({row[key] for row in self.rows for key in ("image", "audio") if key in row}):
+            path = self.folder / name
+            digest.update(f"{name} {path.stat().st_size if path.exists() else None}\n".encode())
+        return digest.hexdigest()
 
     def length(self, index):
         """A cheap stand-in for how long a sample is (characters): enough to put like with like in a batch."""
@@ -251,6 +241,37 @@ def pixels(tiles):
     values = torch.from_numpy(np.stack([np.asarray(t) for t in tiles])).permute(0, 3, 1, 2) / 255  # (N, 3, H, W)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
     return (values - mean) / std
+
+
+def problems(task):
+    """Worker: what is wrong with one line of samples.jsonl and the files it names, as a list of messages."""
+    folder, where, line = task
+    try:
+        sample = parsed(line, where)
+        check_sample(sample, where)
+    except BadInput as error:
+        return [str(error)]
+    found = []
+    for key, load in (("image", load_image), ("audio", load_audio)):
+        try:
+            key in sample and load(folder / sample[key])
+        except BadInput as error:
+            found.append(f"{where}: {error}")
+    return found
+
+
+def check_folder(folder):
+    """Reads every line, picture and recording of a prepared folder; prints what is wrong. Raises BadInput if any is."""
+    path = Path(folder) / "samples.jsonl"
+    lines = path.read_bytes().splitlines()
+    tasks, found = [(Path(folder), f"{path}:{number}", line) for number, line in enumerate(lines, 1)], []
+    with workers() as pool:
+        for messages in tqdm(pool.map(problems, tasks, chunksize=16), total=len(tasks), desc=str(path), unit="line"):
+            found += messages
+    print("".join(f"{message}\n" for message in found), end="")
+    if found or not lines:
+        raise BadInput(f"{path}: {len(found)} things are wrong with its {len(lines)} lines")
+    print(f"{path}: nothing is wrong with its {len(lines)} lines and their files")
 
 
 # ---- collating -----------------------------------------------------------------------------------------------------
@@ -489,8 +510,8 @@ def save_speech(folder, name, rng, text, voices, rates=(240, 340)):
 
 
 def workers():
-    """A process for each core, with one thread each: they share the cores already."""
-    return multiprocessing.Pool(os.cpu_count(), torch.set_num_threads, (1,))
+    """A process for each core; one that is killed is an error, where multiprocessing.Pool would wait for ever."""
+    return ProcessPoolExecutor(os.cpu_count(), initializer=start_worker, initargs=(os.getpid(),))
 
 
 def note_settings(folder, settings):
@@ -505,16 +526,17 @@ def note_settings(folder, settings):
 
 def make_part(folder, worker, tasks, settings):
     """Runs the worker on all tasks in parallel and writes folder/samples.jsonl last; what exists is kept."""
-    folder.mkdir(parents=True, exist_ok=True)
-    note_settings(folder, settings)
-    if (folder / "samples.jsonl").exists():
-        return print(f"{folder}: there already")
-    for name in ("images", "audio"):
-        (folder / name).mkdir(exist_ok=True)
-    with workers() as pool, written_whole(folder / "samples.jsonl") as temporary:
-        with open(temporary, "w", encoding="utf-8") as out:
-            for lines in tqdm(pool.imap(worker, tasks, chunksize=32), total=len(tasks), desc=str(folder), unit="file"):
-                out.writelines(json.dumps(line) + "\n" for line in lines)
+    with only_writer(folder):
+        note_settings(folder, settings)
+        if (folder / "samples.jsonl").exists():
+            return print(f"{folder}: there already")
+        for name in ("images", "audio"):
+            (folder / name).mkdir(exist_ok=True)
+        with workers() as pool, written_whole(folder / "samples.jsonl") as temporary:
+            with open(temporary, "w", encoding="utf-8") as out:
+                made = pool.map(worker, tasks, chunksize=32)
+                for lines in tqdm(made, total=len(tasks), desc=str(folder), unit="file"):
+                    out.writelines(json.dumps(line) + "\n" for line in lines)
 
 
 def make_shapes(args):
@@ -538,7 +560,6 @@ def make_shapes(args):
 
 
 if __name__ == "__main__":
-    sys.modules["data"] = sys.modules["__main__"]  # sources.py imports this file: the same module, the same BadInput
     import sources
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -556,11 +577,17 @@ if __name__ == "__main__":
     sub.add_argument("text", help="what to say")
     sub.add_argument("--voice", default=VOICES[0], help="an espeak-ng voice, accent+variant")
     sub.add_argument("--out", default="speech.wav", help="where the speech goes (.wav or .flac)")
+    sub = commands.add_parser("check", help="read every line, picture and recording of a prepared folder")
+    sub.add_argument("folder", help="the folder")
     sources.add_commands(commands)
     args = parser.parse_args()
     with readable_errors():
+        if PARENT in os.environ:  # train.py, which needs the built-in world
+            end_with(int(os.environ[PARENT]))
         if args.command == "shapes":
             make_shapes(args)
+        elif args.command == "check":
+            check_folder(args.folder)
         elif args.command != "speak":
             sources.make(args)
         else:

@@ -18,7 +18,8 @@ import urllib.request
 
 import soundfile
 
-from data import SAMPLE_RATE, BadInput
+from data import SAMPLE_RATE
+from faults import BadInput
 
 TRIES = 5  # a request, the first included
 WAIT = 1.0  # seconds before the second try, doubled each time

@@ -37,12 +37,13 @@ from tqdm import tqdm
 import benchmarks
 import data
 import endpoint
+import faults
 import mmalign
 import model
 import shapes
 import train
 from benchmarks import BENCHMARKS, score
-from data import BadInput
+from faults import BadInput
 
 BATCH = 100  # questions generated at once
 VLMEVALKIT_TILES = {"ChartQA_TEST": 12, "MMMU_DEV_VAL": 12, "DocVQA_VAL": 18, "DocVQA_TEST": 18, "InfoVQA_VAL": 24,
@@ -238,17 +239,26 @@ def bench_sample(row, forms, args):
         raise BadInput(f"{row['where']}: {error}") from None
 
 
-def finished(path, rows):
-    """{index: line} of the answers that an earlier evaluation left in `path`; a last line cut off is dropped."""
+def finished(path, batches):
+    """{index: line} of the answers that an earlier evaluation left in `path`.
+
+    A last line cut off, and batches of which only a part stands there, are dropped from it: they are asked anew, whole.
+    """
     if not path.exists():
         return {}
     whole, newline, _ = path.read_text(encoding="utf-8").rpartition("\n")
-    with data.written_whole(path) as temporary:
+    with faults.written_whole(path) as temporary:
         temporary.write_text(whole + newline, encoding="utf-8")
     done = {line["index"]: line for _, line in data.json_lines(path)}
-    other = next((row for row in rows if done.get(row["index"], row)["prompt"] != row["prompt"]), None)
-    if other is not None:
-        raise BadInput(f"{path}: answers another question than {other['where']} asks: delete it to ask anew")
+    for row in (row for batch in batches for row in batch if row["index"] in done):
+        if done[row["index"]]["prompt"] != row["prompt"]:
+            raise BadInput(f"{path}: answers another question than {row['where']} asks: delete it to ask anew")
+    for batch in batches:
+        if not all(row["index"] in done for row in batch):
+            for row in batch:
+                done.pop(row["index"], None)
+    with faults.written_whole(path) as temporary:
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in done.values()), encoding="utf-8")
     return done
 
 
@@ -256,15 +266,15 @@ def predict(ask, forms, rows, path, texts, args):
     """Asks each row in writing and aloud; returns the rows with "text" and "audio", which is None without speech.
 
     ask    (samples, forms) -> {form: [answer, ...]}
-    path   JSONL to which each batch's answers are appended; a batch that stands there whole is not asked again
+    path   JSONL to which each batch's answers are appended; a batch that stands there whole is not asked again.
+           Batches are the same each time, so that what was interrupted and what was not are the same
     texts  {index: answer} to written questions, known from another run on the same frozen LVLM
     """
-    done = finished(path, rows)
-    texts.update({index: line["text"] for index, line in done.items()})
-    path.parent.mkdir(parents=True, exist_ok=True)
     ordered = sorted(rows, key=lambda row: len(row["prompt"]))
-    for start in tqdm(range(0, len(rows), args.batch), desc=str(path), unit="batch"):
-        batch = ordered[start: start + args.batch]
+    batches = [ordered[start: start + args.batch] for start in range(0, len(rows), args.batch)]
+    done = finished(path, batches)
+    texts.update({index: line["text"] for index, line in done.items()})
+    for batch in tqdm(batches, desc=str(path), unit="batch"):
         if all(row["index"] in done for row in batch):
             continue
         needed = [f for f in forms if f == "audio" or any(row["index"] not in texts for row in batch)]
@@ -306,17 +316,19 @@ def bench_scores(run, files, texts, args):
     """(the subject's name, {form: {benchmark: what score() gives}}) of a run on these files."""
     who = subject(run, args)
     results = {form: {} for form in who["forms"]}
-    for path in files:
+    for file in files:
         if args.max_tiles is not None and run is not None:
-            who["settings"]["max_tiles"] = tiles(args.max_tiles, path.stem)
+            who["settings"]["max_tiles"] = tiles(args.max_tiles, file.stem)
         squares = who["settings"]["max_tiles"]
-        rows = bench_rows(path, args.n)
-        name = f"{path.stem}-{args.speak}-{args.voice.replace('/', '_')}-{args.max_new_tokens}tokens"
+        rows = bench_rows(file, args.n)
+        name = f"{file.stem}-{args.speak}-{args.voice.replace('/', '_')}-{args.max_new_tokens}tokens"
         name += f"-{squares}tiles" if squares else ""
-        known = texts.setdefault((who["reads"], path, squares), {})
-        rows = predict(who["ask"], who["forms"], rows, who["folder"] / f"predictions/{name}.jsonl", known, args)
+        known = texts.setdefault((who["reads"], file, squares), {})
+        path = who["folder"] / f"predictions/{name}.jsonl"
+        with faults.only_writer(path.parent):
+            rows = predict(who["ask"], who["forms"], rows, path, known, args)
         for form in who["forms"]:
-            results[form][path.stem] = score(path.stem, [{**row, "prediction": row[form]} for row in rows])
+            results[form][file.stem] = score(file.stem, [{**row, "prediction": row[form]} for row in rows])
     return who["name"], results
 
 
@@ -340,7 +352,7 @@ def report_benchmarks(args):
     print_bench_differences(results)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    with data.written_whole(out / "benchmarks.json") as temporary:
+    with faults.written_whole(out / "benchmarks.json") as temporary:
         temporary.write_text(json.dumps(without_nan({"table": groups, "runs": results}), indent=1) + "\n")
     draw_bars(groups, [column for path in files for column in BENCHMARKS[path.stem]], out / "benchmarks.png")
     print(f"The same as JSON and as a picture: {out / 'benchmarks.json'}, {out / 'benchmarks.png'}")
@@ -386,7 +398,7 @@ def draw_bars(groups, columns, path):
     axes.set_xticks(range(len(columns)), columns)
     axes.set_ylabel("score (%)")
     figure.legend(loc="outside upper center", ncols=4, fontsize="small")
-    with data.written_whole(path) as temporary:
+    with faults.written_whole(path) as temporary:
         figure.savefig(temporary, format="png", dpi=150)
 
 
@@ -516,9 +528,9 @@ def show_cases(answered, folder, n, out):
         picture = f"![]({os.path.relpath(folder / row['image'], out)})"
         lines.append([picture, row["question"], row["label"], *said.values()])
     out.mkdir(parents=True, exist_ok=True)
-    with data.written_whole(out / "cases.md") as temporary:
+    with faults.written_whole(out / "cases.md") as temporary:
         temporary.write_text("".join(f"| {' | '.join(line)} |\n" for line in lines))
-    with data.written_whole(out / "cases.png") as temporary:
+    with faults.written_whole(out / "cases.png") as temporary:
         figure.savefig(temporary, format="png", dpi=110)
     print(f"{len(chosen)} questions with every run's answer: {out / 'cases.md'}, {out / 'cases.png'}")
 
@@ -537,7 +549,7 @@ def report(args, kinds, average, more=None):
         rows = evaluate(run, folder, kinds, args.n, device, texts, str(run), args.max_tiles)
         groups.setdefault(run_name(about), []).append(summary(rows, kinds, average, more))
         answered[run_name(about), seed] = rows
-        with data.written_whole(Path(run) / f"answers-{average.split()[0]}.jsonl") as temporary:
+        with faults.written_whole(Path(run) / f"answers-{average.split()[0]}.jsonl") as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
         for row in random.Random(0).sample(rows, min(args.show, len(rows))):
             print(f"  {row['question']}?  ({row['label']})  text: {row['text']}  audio: {row['audio']}")
@@ -599,7 +611,7 @@ if __name__ == "__main__":
         parser.error("one question needs --image, and --question or --audio")
     if bool(args.endpoint) != bool(args.model) or args.endpoint and not args.bench:
         parser.error("an endpoint needs --model and --bench")
-    with data.readable_errors():
+    with faults.readable_errors():
         if args.image:
             run = args.runs[0] if args.runs else train.run_folder(args.preset, "vision-audio", 0.75, args.seed)
             answer_one(run, args.image, args.question, args.audio, torch.device(args.device))

@@ -32,9 +32,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 import data
+import faults
 import shapes
 import sources
-from data import BadInput
+from faults import BadInput
 
 QUESTION = 'Which of the following two sentences correctly describes the image? "{}" or "{}"'
 # Relations of Visual Genome that hold, or nearly always hold, in both directions: with the objects swapped the "false"
@@ -177,15 +178,21 @@ def speak_line(line, folder, seed):
 
 
 def build(args):
-    """MMAlign from ARO's two files as a prepared folder, relations and attributes in turn."""
+    """MMAlign from ARO's two files as a prepared folder, relations and attributes in turn; what is there is kept."""
     folder = Path(args.out)
     if args.n % 2:
         raise BadInput(f"--n must be even, as the true sentence stands first in half of the questions, not {args.n}")
-    for name in ("images", "audio"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-    data.note_settings(folder, {key: value for key, value in sorted(vars(args).items()) if key != "out"})
-    if (folder / "samples.jsonl").exists():
-        return print(f"{folder}: there already")
+    with faults.only_writer(folder):
+        for name in ("images", "audio"):
+            (folder / name).mkdir(exist_ok=True)
+        data.note_settings(folder, {key: value for key, value in sorted(vars(args).items()) if key != "out"})
+        if (folder / "samples.jsonl").exists():
+            return print(f"{folder}: there already")
+        make(args, folder)
+
+
+def make(args, folder):
+    """Draws, crops and speaks what `build` is asked for."""
     drawn = [draw(path, kind, Path(args.images), folder, args.n, args.seed)
              for path, kind in ((args.relation, "relation"), (args.attribution, "attribute"))]
     lines = [line for pair in zip(*(lines for lines, _ in drawn)) for line in pair]
@@ -215,7 +222,7 @@ def build_arguments():
 
 
 if __name__ == "__main__":
-    with data.readable_errors():
+    with faults.readable_errors():
         if sys.argv[1:2] == ["build"]:
             build(build_arguments().parse_args(sys.argv[2:]))
         else:

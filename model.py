@@ -40,7 +40,8 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm, apply_rotary_
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 import shapes
-from data import AUDIO_SLOT, IGNORE, BadInput, fetch, read_json
+from data import AUDIO_SLOT, IGNORE, fetch, read_json
+from faults import BadInput, flush_to_disk
 from loss import chunked_self_kd_loss
 
 transformers.utils.logging.disable_progress_bar()  # our own bars show what takes long
@@ -424,9 +425,9 @@ def load_audio_encoder(path, dtype=torch.float32):
 
 
 def fingerprint(base):
-    """SHA-256 over a base's configuration and weights (folder or hub id): which one a run was trained on."""
+    """SHA-256 over a model's configuration and weights (run folder, or an LVLM's folder or hub id): which one it is."""
     folder, digest = fetch(base), hashlib.sha256()
-    for path in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
+    for path in sorted([folder / "config.json", *folder.glob("model*.safetensors")]):
         digest.update(path.name.encode())
         with open(path, "rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
@@ -441,7 +442,7 @@ def save_run(ollm, folder, training, base=None):
     Everything is written to a temporary folder first and renamed file by file. Raises BadInput if the disk is full.
     """
     folder = Path(folder)
-    partial = folder / ".saving"
+    partial = folder / ".saving.tmp"
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
@@ -456,9 +457,12 @@ def save_run(ollm, folder, training, base=None):
             save_file(state, partial / "model.safetensors", metadata={"format": "pt"})
             ollm.audio_encoder.config.save_pretrained(partial)
             ollm.mel_extractor.save_pretrained(partial)
+        about["fingerprint"] = fingerprint(partial)
         (partial / "ollm.json").write_text(json.dumps(about, indent=1) + "\n")
         for path in sorted(partial.iterdir(), key=lambda path: path.name == "ollm.json"):
+            flush_to_disk(path)
             os.replace(path, folder / path.name)
+        flush_to_disk(folder)
     except (OSError, SafetensorError) as error:
         raise BadInput(f"could not save the run to {folder}: {error}") from None
     finally:
@@ -504,6 +508,9 @@ def load_run(path):
     try:
         if base != path and fingerprint(base) != about["base_fingerprint"]:
             raise BadInput(f"{path}: was trained on another base than the one that lies in {base} now")
+        if "fingerprint" in about and fingerprint(path) != about["fingerprint"]:
+            raise BadInput(f"{path}: model.safetensors or config.json is not what was saved there. It is broken; or if "
+                           "you have changed it yourself, delete \"fingerprint\" from ollm.json")
         lvlm, tokenizer = load_lvlm(base), load_tokenizer(fetch(base))
         settings = about["settings"] or lvlm_settings(lvlm)
         if base == path:

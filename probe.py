@@ -35,10 +35,12 @@ from tqdm import tqdm
 import attention
 import data
 import eval
+import faults
 import model
 import shapes
 from attention import QUERY, RESPONSE, VISION
-from data import AUDIO_SLOT, IGNORE, BadInput
+from data import AUDIO_SLOT, IGNORE
+from faults import BadInput
 
 CUTS = {"query -/-> vision": ("query", VISION), "answer -/-> query": ("response", QUERY),
         "answer -/-> vision": ("response", VISION)}
@@ -247,7 +249,7 @@ def mean(rows):
 
 def write_csv(found, kind, path):
     """The curves of all runs, a line a number; layers count from 1, and a window is called by its first."""
-    with data.written_whole(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as out:
+    with faults.written_whole(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as out:
         writer = csv.writer(out)
         writer.writerow(["run", "seed", "line", "layer", "value"])
         for name, by_seed in found.items():
@@ -308,7 +310,7 @@ if __name__ == "__main__":
     parser.add_argument("--window", type=data.at_least_one, default=1, help="layers that a knockout cuts at once")
     parser.add_argument("--top", type=data.at_least_one, default=5, help="words an audio token may say (lens)")
     args = parser.parse_args()
-    with data.readable_errors():
+    with faults.readable_errors():
         runs = args.runs or [run for run in eval.default_runs(args.preset, args.seed) if model.about_run(run)["base"]]
         if not runs:
             raise BadInput("the base alone is there, and cannot listen: train the stage audio-text")

@@ -27,7 +27,8 @@ import torchaudio
 from tqdm import tqdm
 
 import data
-from data import BadInput
+import faults
+from faults import BadInput
 
 # Format suffixes of LLaVA's mix: they tell how to write the answer, and nobody would say them aloud. A line that begins
 # with one of these is left out of the question, in writing as well, so that teacher and student are asked the same.
@@ -73,7 +74,7 @@ def take_llava(task, folder):
     except BadInput as error:
         return {"id": name, "skipped": f"the picture is broken: {error}"}
     if not kept.exists():
-        with data.written_whole(kept) as temporary:
+        with faults.written_whole(kept) as temporary:
             try:
                 os.link(image, temporary)  # costs no disk
             except OSError:
@@ -85,7 +86,7 @@ def take_llava(task, folder):
 def speak_espeak(lines, folder, seed):
     """Speaks the lines' questions with espeak-ng, each with a voice, rate and pitch of its own; yields the lines."""
     with data.workers() as pool:
-        yield from pool.imap(functools.partial(espeak_line, folder=folder, seed=seed), lines, chunksize=16)
+        yield from pool.map(functools.partial(espeak_line, folder=folder, seed=seed), lines, chunksize=16)
 
 
 def espeak_line(line, folder, seed):
@@ -208,7 +209,7 @@ def picked(tasks, n, seed):
 def in_parallel(worker, tasks, desc):
     """The worker's results in the tasks' order, by all cores, with a bar."""
     with data.workers() as pool:
-        yield from tqdm(pool.imap(worker, tasks, chunksize=16), total=len(tasks), desc=desc, unit="sample")
+        yield from tqdm(pool.map(worker, tasks, chunksize=16), total=len(tasks), desc=desc, unit="sample")
 
 
 def write(folder, results):
@@ -216,7 +217,7 @@ def write(folder, results):
     results = list(results)
     kept, skipped = [r for r in results if "skipped" not in r], [r for r in results if "skipped" in r]
     for name, rows in (("skipped.jsonl", skipped), ("samples.jsonl", kept)):
-        with data.written_whole(folder / name) as temporary:
+        with faults.written_whole(folder / name) as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     print(f"{folder}: {len(kept)} samples; {len(skipped)} left out (skipped.jsonl names them)")
     for why, count in Counter(row["skipped"].split(":")[0] for row in skipped).most_common():
@@ -271,12 +272,13 @@ def make_merge(args):
 def make(args):
     """The folder --out from a source; refused if another source or other arguments began it."""
     folder = Path(args.out)
-    for name in ("images", "audio") if args.command != "merge" else ("",):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-    data.note_settings(folder, {key: value for key, value in sorted(vars(args).items()) if key != "out"})
-    if (folder / "samples.jsonl").exists():
-        return print(f"{folder}: there already")
-    {"llava": make_llava, "merge": make_merge}.get(args.command, make_asr)(args)
+    with faults.only_writer(folder):
+        for name in ("images", "audio") if args.command != "merge" else ():
+            (folder / name).mkdir(exist_ok=True)
+        data.note_settings(folder, {key: value for key, value in sorted(vars(args).items()) if key != "out"})
+        if (folder / "samples.jsonl").exists():
+            return print(f"{folder}: there already")
+        {"llava": make_llava, "merge": make_merge}.get(args.command, make_asr)(args)
 
 
 def add_commands(commands):

@@ -30,14 +30,14 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
+import faults
 import model
-from data import IGNORE, BadInput
+from data import IGNORE
+from faults import CHECKPOINT, BadInput
 
 STAGES = {"vision-text": ("question",), "audio-text": ("audio",), "vision-audio": ("question", "audio")}  # asked
 PRESETS = {  # by stage: peak learning rate, samples a step over all processes, samples a forward pass
@@ -54,8 +54,6 @@ PRESETS = {  # by stage: peak learning rate, samples a step over all processes, 
 MODELS = {"internvl2-1b": ("OpenGVLab/InternVL2-1B", "openai/whisper-large-v3")}  # LVLM and Whisper, hub ids
 WARMUP = 0.03  # share of the steps
 CLIP = 1.0  # largest norm of a gradient
-CHECKPOINT = "checkpoint.safetensors"  # in a run folder, while the run is under way
-MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW remembers of each parameter
 
 
 def learning_rate(step, steps, peak):
@@ -92,21 +90,27 @@ def deal(order, step, global_batch, micro_batch, length, rank, world):
 class Steps(torch.utils.data.Dataset):
     """The epoch as an indexable list of steps, each a list of this rank's collated micro-batches."""
 
-    def __init__(self, samples, collate, deal, steps):
-        self.samples, self.collate, self.deal, self.steps = samples, collate, deal, steps
+    def __init__(self, samples, collate, seed, global_batch, micro_batch, rank, world):
+        self.samples, self.collate, self.order = samples, collate, epoch_order(samples.rows, seed)
+        self.global_batch, self.micro_batch, self.rank, self.world = global_batch, micro_batch, rank, world
 
     def __len__(self):
-        return self.steps
+        return math.ceil(len(self.order) / self.global_batch)
 
     def __getitem__(self, step):
         micro_batches = []
-        for chunk in self.deal(step=step):
+        for chunk in deal(self.order, step, self.global_batch, self.micro_batch, self.samples.length, self.rank,
+                          self.world):
             batch = self.collate([self.samples[i] for i, _ in chunk])
             if chunk[0][1] == 0:  # an idle rank's stand-in is not learnt from
                 for suffix in (batch["text"], batch["audio"]):
                     suffix and suffix["labels"].fill_(IGNORE)
-            micro_batches.append((batch, [self.samples.rows[i]["id"] for i, _ in chunk]))
+            micro_batches.append(batch)
         return micro_batches
+
+    def ids(self, step):
+        """The ids of the samples that all ranks together learn from in a step."""
+        return [self.samples.rows[i]["id"] for i in self.order[step * self.global_batch:][: self.global_batch]]
 
 
 def to(batch, device):
@@ -116,32 +120,44 @@ def to(batch, device):
     return batch.to(device, non_blocking=True) if isinstance(batch, torch.Tensor) else batch
 
 
-def total(value, device):
-    """The sum of a float over all processes."""
+def total(values, device):
+    """The sums of some floats over all processes."""
     if not dist.is_initialized():
-        return value
-    value = torch.tensor(value, dtype=torch.float64 if device.type != "mps" else torch.float32, device=device)
-    dist.all_reduce(value)
-    return value.item()
+        return values
+    values = torch.tensor(values, dtype=torch.float64 if device.type != "mps" else torch.float32, device=device)
+    dist.all_reduce(values)
+    return values.tolist()
+
+
+def agreed(truth, rank, device):
+    """What holds for rank 0, for all processes: what lies on disk may change between two looks."""
+    return total([float(truth and rank == 0)], device) == [1.0]
+
+
+def wait_for_all(world):
+    """Returns when all processes have come here."""
+    if world > 1:
+        dist.barrier()
 
 
 def train_step(ollm, micro_batches, alpha, temperature, device, world):
-    """Forward and backward over this rank's micro-batches; returns the global batch's (loss, kl, ce).
+    """Forward and backward over this rank's micro-batches; returns its share of the global batch's [loss, kl, ce].
 
     Every answer token of the global batch counts alike: local sums are divided by the global count, and multiplied by
     the number of processes because DistributedDataParallel averages gradients over them. On a GPU the matrix products
     are in bfloat16; weights, their updates and the loss stay in float32.
     """
-    n_tokens = total(float(sum((model.asked(batch)["labels"] != IGNORE).sum() for batch, _ in micro_batches)), device)
+    labels = [model.asked(batch)["labels"] for batch in micro_batches]
+    n_tokens, = total([float(sum((of_batch != IGNORE).sum() for of_batch in labels))], device)
     sums = [0.0, 0.0, 0.0]
-    for i, (batch, _) in enumerate(micro_batches):
+    for i, batch in enumerate(micro_batches):
         last = i == len(micro_batches) - 1  # gradients are averaged over the processes once a step
         with contextlib.nullcontext() if last or world == 1 else ollm.no_sync():
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 terms = ollm(to(batch, device), alpha, temperature, n_tokens)
             (terms[0] * world).backward()
         sums = [s + term.item() for s, term in zip(sums, terms)]
-    return [total(s, device) for s in sums]
+    return sums
 
 
 def set_up_processes(device):
@@ -151,6 +167,9 @@ def set_up_processes(device):
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if device == "cpu":  # where it costs nothing: the same command gives the same bytes
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # that would cost
     if world > 1:
         dist.init_process_group("nccl" if device == "cuda" else "gloo")
     return rank, world, torch.device(device)
@@ -180,65 +199,11 @@ def start_model(stage, init, whisper, seed):
     return ollm, base
 
 
-def save_checkpoint(path, step, trained, optimizer, about):
-    """What it takes to go on after `step` steps: weights and AdamW's moments, whole or not at all."""
-    tensors = {f"weight.{name}": p.detach() for name, p in trained.items()}
-    for moment in MOMENTS:
-        tensors |= {f"{moment}.{name}": optimizer.state[p][moment] for name, p in trained.items()}
-    try:
-        with data.written_whole(path) as temporary:
-            save_file(tensors, temporary, metadata={"step": str(step), "about": json.dumps(about)})
-    except (OSError, SafetensorError) as error:
-        raise BadInput(f"could not save the checkpoint {path}: {error}") from None
-
-
-def load_checkpoint(path, trained, optimizer, about):
-    """Puts a checkpoint back and returns how many steps it has behind it; 0 if there is none.
-
-    Raises BadInput if it is broken or belongs to another training than `about` says.
-    """
-    if not path.exists():
-        return 0
-    try:
-        with safe_open(path, framework="pt") as file:
-            stored = json.loads(file.metadata()["about"])
-            if stored != about:
-                other = {key: stored.get(key) for key in about if stored.get(key) != about[key]}
-                raise BadInput(f"{path}: belongs to a training with {other}: delete it, or choose another --out")
-            for name, p in trained.items():
-                p.data.copy_(file.get_tensor(f"weight.{name}"))
-                moments = {m: file.get_tensor(f"{m}.{name}").to(p.device) for m in MOMENTS}
-                optimizer.state[p] = {"step": torch.tensor(float(file.metadata()["step"]), device=p.device), **moments}
-            return int(file.metadata()["step"])
-    except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
-        raise BadInput(f"{path}: does not load ({error}): delete it to begin anew") from None
-
-
-def open_log(path, first):
-    """The run's log, cut to the `first` steps that are kept, open for those to come."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    kept = path.read_text().splitlines(keepends=True)[:first] if first else []
-    with data.written_whole(path) as temporary:
-        temporary.write_text("".join(kept))
-    return open(path, "a")
-
-
-def steps_of_an_epoch(samples, ollm, stage, chosen, seed, processes):
-    """The epoch's steps, each this rank's micro-batches; see `Steps`."""
-    collate = functools.partial(data.collate, tokenizer=ollm.tokenizer, mel_extractor=ollm.mel_extractor,
-                                settings=ollm.settings, stretch_seed=seed if stage == "vision-text" else None)
-    dealt = functools.partial(deal, epoch_order(samples.rows, seed), global_batch=chosen["global_batch"],
-                              micro_batch=chosen["micro_batch"], length=samples.length, rank=processes[0],
-                              world=processes[1])
-    return Steps(samples, collate, dealt, math.ceil(len(samples) / chosen["global_batch"]))
-
-
-def checked_norm(trained, step, loss, micro_batches):
+def checked_norm(trained, loss, where):
     """Clips the gradient and returns the norm that it had; raises BadInput if it or the loss is not a number."""
     norm = torch.nn.utils.clip_grad_norm_(trained.values(), CLIP).item()
     if not math.isfinite(loss + norm):
-        raise BadInput(f"step {step}: loss {loss}, gradient norm {norm}; stopped before the weights were touched. "
-                       f"Samples: {[i for _, ids in micro_batches for i in ids]}")
+        raise BadInput(f"{where}: loss {loss}, gradient norm {norm}; stopped before the weights were touched")
     return norm
 
 
@@ -252,57 +217,84 @@ def prepare_model(args, stage, init, whisper, device):
     return ollm, base
 
 
-def train_stage(args, stage, init, data_folder, out, chosen, processes):
-    """One stage, one epoch: reads `data_folder`, starts from the run `init`, leaves a run in `out`.
+def epoch_of(training, ollm, micro_batch, rank, world):
+    """The epoch that a training's dict describes, for this rank."""
+    samples, spread = data.Samples(training["data"], ollm.settings, STAGES[training["stage"]]), None
+    if training["stage"] == "vision-text":
+        spread = training["seed"]
+    collate = functools.partial(data.collate, tokenizer=ollm.tokenizer, mel_extractor=ollm.mel_extractor,
+                                settings=ollm.settings, stretch_seed=spread)
+    return Steps(samples, collate, training["seed"], training["global_batch"], micro_batch, rank, world)
 
-    chosen     {"lr", "global_batch", "micro_batch", "max_steps", "save_every", "whisper"}
+
+def contents(training, samples):
+    """A training's dict with what lies in its places instead of their names, for its checkpoints.
+
+    How many steps are asked for is left out: any of them may follow those that were taken.
+    """
+    init = training["init"] and model.fingerprint(training["init"])
+    return {**{key: training[key] for key in training if key != "max_steps"}, "data": samples.fingerprint(),
+            "init": init}
+
+
+def train_stage(args, training, out, chosen, processes):
+    """One stage, one epoch; leaves a run in `out`.
+
+    training   {"stage", "alpha", "data", "init", ...}: what the run's numbers depend on, see `describe`
+    chosen     {"micro_batch", "save_every", "whisper"}
     processes  (rank, world, device)
     """
-    rank, world, device = processes
-    lr, alpha = chosen["lr"], args.alpha if stage == "vision-audio" else 0.0
-    ollm, base = prepare_model(args, stage, init, chosen["whisper"], device)
-    samples = data.Samples(data_folder, ollm.settings, STAGES[stage])
-    steps = steps_of_an_epoch(samples, ollm, stage, chosen, args.seed, processes)
-    n_steps = min(len(steps), chosen["max_steps"] or len(steps))
+    (rank, world, device), stage, alpha, lr = processes, training["stage"], training["alpha"], training["lr"]
+    ollm, base = prepare_model(args, stage, training["init"], chosen["whisper"], device)
+    steps = epoch_of(training, ollm, chosen["micro_batch"], rank, world)
+    n_steps = min(len(steps), training["max_steps"] or len(steps))
     trained = {name: p for name, p in ollm.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), lr=lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
-    training = {"stage": stage, "alpha": alpha, "temperature": args.temperature, "seed": args.seed, "lr": lr,
-                "global_batch": chosen["global_batch"], "data": str(data_folder), "init": str(init)}
-    first = load_checkpoint(out / CHECKPOINT, trained, optimizer, training)
+    same = contents(training, steps.samples)
+    first = faults.load_checkpoint(out / CHECKPOINT, trained, optimizer, same)
+    if total([float(first)], device) != [float(first * world)]:
+        raise BadInput(f"{out}: not all processes find the same checkpoint; all nodes must share the folder")
     # Text-only micro-batches leave the vision encoder without gradient, which DDP must be told.
     wrapped = DistributedDataParallel(ollm, find_unused_parameters=stage == "vision-text") if world > 1 else ollm
-    log = open_log(out / "log.jsonl", first) if rank == 0 else None
+    log = faults.open_log(out / "log.jsonl", first) if rank == 0 else None
     if rank == 0:
-        print(f"{stage}: {len(samples)} samples of {data_folder}, {n_steps} steps of {chosen['global_batch']} on "
-              f"{world} x {device}, lr {lr:g}, {sum(p.numel() for p in trained.values()):,} parameters trained"
+        print(f"{stage}: {len(steps.samples)} samples of {training['data']}, {n_steps} steps of {steps.global_batch} "
+              f"on {world} x {device}, lr {lr:g}, {sum(p.numel() for p in trained.values()):,} parameters trained"
               + (f"; going on after step {first} of an interrupted run" if first else ""))
     started = time.time()
     loader = torch.utils.data.DataLoader(steps, batch_size=None, sampler=range(first, n_steps),
-                                         num_workers=args.workers if device.type == "cuda" else 0)
+                                         num_workers=args.workers if device.type == "cuda" else 0,
+                                         worker_init_fn=faults.ignore_interrupts)
     bar = tqdm(loader, desc=stage, unit="step", disable=rank > 0, mininterval=1, initial=first, total=n_steps)
-    for step, micro_batches in enumerate(bar, first):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, len(steps), lr)
-        loss, kl, ce = train_step(wrapped, micro_batches, alpha, args.temperature, device, world)
-        norm = checked_norm(trained, step, loss, micro_batches)
-        optimizer.step()
-        optimizer.zero_grad()
-        if rank > 0:
-            continue
-        speed = (step + 1 - first) * chosen["global_batch"] / (time.time() - started)
-        line = {"step": step, "loss": loss, "kl": kl, "ce": ce, "lr": group["lr"], "grad_norm": norm}
-        print(json.dumps({**line, "time": {"samples_per_s": speed}}), file=log, flush=True)
-        bar.set_postfix_str(f"loss {loss:.3f} kl {kl:.3f} ce {ce:.3f} lr {group['lr']:.1e} |g| {norm:.2f} "
-                            f"{speed:.0f} samples/s", refresh=False)
-        if (step + 1) % chosen["save_every"] == 0 and step + 1 < n_steps:
-            save_checkpoint(out / CHECKPOINT, step + 1, trained, optimizer, training)
+    with faults.noted_signals() as received:
+        for step, micro_batches in enumerate(bar, first):
+            torch.manual_seed(args.seed + 1_000_003 * step + rank)  # for whoever adds dropout; so far nothing is drawn
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, len(steps), lr)
+            terms = train_step(wrapped, micro_batches, alpha, args.temperature, device, world)
+            loss, kl, ce, stop = total([*terms, float(len(received))], device)  # a signal to one stops all
+            norm = checked_norm(trained, loss, f"step {step}, samples {', '.join(steps.ids(step))}")
+            optimizer.step()
+            optimizer.zero_grad()
+            done, over = step + 1, step + 1 == n_steps
+            if rank == 0:
+                speed = (done - first) * steps.global_batch / (time.time() - started)
+                line = {"step": step, "loss": loss, "kl": kl, "ce": ce, "lr": group["lr"], "grad_norm": norm}
+                print(json.dumps({**line, "time": {"samples_per_s": speed}}), file=log, flush=True)
+                bar.set_postfix_str(f"loss {loss:.3f} kl {kl:.3f} ce {ce:.3f} lr {group['lr']:.1e} |g| {norm:.2f} "
+                                    f"{speed:.0f} samples/s", refresh=False)
+                if not over and (stop or done % chosen["save_every"] == 0):
+                    faults.save_checkpoint(out / CHECKPOINT, done, trained, optimizer, same)
+            if stop and not over:
+                bar.close()
+                wait_for_all(world)
+                raise KeyboardInterrupt(f"{stage}: stopped after step {step}, which is saved in {out}")
     if rank == 0:
         log.close()
-        model.save_run(ollm, out, {**training, "steps": n_steps}, base)
+        model.save_run(ollm, out, {**training, "steps": n_steps, "contents": same, "versions": faults.versions()}, base)
         (out / CHECKPOINT).unlink(missing_ok=True)
         print(f"{stage}: finished in {time.time() - started:.0f} s, the run lies in {out}")
-    if world > 1:
-        dist.barrier()
+    wait_for_all(world)
 
 
 def parse_arguments():
@@ -343,49 +335,72 @@ def parse_arguments():
     return args
 
 
-def prepared_data(args, stage, rank):
-    """The stage's default data folder; the built-in world is made if it is missing, real data is asked for."""
-    folder = Path(f"runs/{args.preset}/data-s{args.seed}/{stage}")
-    if (folder / "samples.jsonl").exists() or rank > 0:
-        return folder
+def prepare_data(args, stage, folder):
+    """Makes the built-in world if a stage's default data folder is missing; asks for real data."""
+    if (Path(folder) / "samples.jsonl").exists():
+        return
     if args.preset != "shapes":
         raise BadInput(f"{folder}: no data for the stage {stage}. Prepare some (`python data.py --help` lists the "
                        f"sources) and name it: --stage {stage} --data FOLDER")
     command = [sys.executable, str(Path(__file__).with_name("data.py")), "shapes", "--seed", str(args.seed)]
-    print(f"{folder} is missing; running: python data.py shapes --seed {args.seed}")
-    if subprocess.run(command).returncode:
+    print(f"{folder} is missing; running: python data.py shapes --seed {args.seed}", flush=True)
+    if subprocess.run(command, env={**os.environ, faults.PARENT: str(os.getpid())}).returncode:
         raise BadInput("the built-in world could not be made (see above)")
-    return folder
+
+
+def check_finished(out, training):
+    """Says that `out` holds this training's run; raises BadInput if it is that of another."""
+    other = faults.differences(model.about_run(out)["training"], training)
+    if other:
+        raise BadInput(f"{out}: holds the finished run of another training ({other}): choose another --out")
+    (out / CHECKPOINT).unlink(missing_ok=True)  # if it was killed just before it would have done so itself
+    print(f"{training['stage']}: finished already, the run lies in {out} (delete it to train it again)")
+
+
+def describe(args, stage, init, asked):
+    """(training, out, chosen) of a stage: what its numbers depend on, its run folder, and the settings that are left.
+
+    asked: whether it is the command line's own stage, to which --data, --init, --out, --lr and so on apply
+    """
+    options = vars(args) if asked else {}
+    chosen = {"save_every": 500, "whisper": MODELS.get(args.preset, (None, None))[1], **PRESETS[args.preset][stage]}
+    chosen |= {name: options[name] for name in chosen if options.get(name) is not None}
+    folder = options.get("data") or f"runs/{args.preset}/data-s{args.seed}/{stage}"
+    init = options.get("init") or init
+    training = {"stage": stage, "alpha": args.alpha if stage == "vision-audio" else 0.0,
+                "temperature": args.temperature, "seed": args.seed, "lr": chosen.pop("lr"),
+                "global_batch": chosen.pop("global_batch"), "max_steps": options.get("max_steps"),
+                "max_tiles": args.max_tiles, "audio_seconds": args.audio_seconds, "float64": args.float64,
+                "data": str(folder), "init": init and str(init)}
+    return training, Path(options.get("out") or run_folder(args.preset, stage, args.alpha, args.seed)), chosen
 
 
 def main():
     """The asked stage, after whatever it needs and does not find."""
     args = parse_arguments()
-    processes = set_up_processes(args.device)
-    rank, world, _ = processes
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        faults.end_with(os.getppid())
+    processes = rank, world, device = set_up_processes(args.device)
     say = print if rank == 0 else lambda *_: None
     if args.preset == "shapes":
         say("This is the built-in world: drawn pictures, synthetic speech, tiny models. The paper's own run is:\n"
             "    torchrun --nproc_per_node 8 train.py --preset internvl2-1b --alpha 0.75 --data FOLDER")
-    lvlm, whisper = MODELS.get(args.preset, (None, None))
-    stages, before = list(PRESETS[args.preset]), lvlm
+    stages, before = list(PRESETS[args.preset]), MODELS.get(args.preset, (None, None))[0]
     for stage in stages[: stages.index(args.stage) + 1]:
         asked = stage == args.stage
-        out = Path(asked and args.out or run_folder(args.preset, stage, args.alpha, args.seed))
-        init = asked and args.init or before
+        training, out, chosen = describe(args, stage, before, asked)
         before = out
-        if not asked and (args.init or (out / "ollm.json").exists()):
+        if not asked and (args.init or agreed((out / "ollm.json").exists(), rank, device)):
             continue
-        if asked and (out / "ollm.json").exists():
-            say(f"{stage}: finished already, the run lies in {out} (delete it to train it again)")
-            break
-        folder = Path(asked and args.data or prepared_data(args, stage, rank))
-        if world > 1:
-            dist.barrier()
-        chosen = {"max_steps": None, "save_every": 500, "whisper": whisper, **PRESETS[args.preset][stage]}
-        if asked:
-            chosen |= {name: getattr(args, name) for name in chosen if getattr(args, name) is not None}
-        train_stage(args, stage, init, folder, out, chosen, processes)
+        with contextlib.nullcontext() if rank > 0 else faults.only_writer(out):
+            if agreed((out / "ollm.json").exists(), rank, device):  # before, or by whom we have waited for
+                if asked and rank == 0:
+                    check_finished(out, training)
+                continue
+            if rank == 0 and not (asked and args.data):
+                prepare_data(args, stage, training["data"])
+            wait_for_all(world)
+            train_stage(args, training, out, chosen, processes)
     say(f"\nThe result lies in {out}. To look at it:")
     if args.preset == "shapes":
         say(f"    python eval.py --seed {args.seed}        # text against speech, every run of this seed side by side")
@@ -396,5 +411,5 @@ def main():
 
 
 if __name__ == "__main__":
-    with data.readable_errors():
+    with faults.readable_errors():
         main()
