@@ -8,9 +8,9 @@
     what the user can mend is one line `BadInput`, `readable_errors`
 
 A checkpoint holds the trained weights, AdamW's moments and how many steps they have behind them. The learning rate,
-the samples and the random numbers of a step are functions of the seed and the step alone (train.py), so there is no more
-to keep, and a run may go on with another number of processes. There is nothing to run here; `python -m pytest -m slow
-tests/test_killed.py` kills a run in every place, and compares what comes of it byte by byte.
+the samples and the random numbers of a step are functions of seed and step alone (train.py): there is no more to keep,
+and a run may go on with another number of processes. There is nothing to run here;
+`python -m pytest -m slow tests/test_killed.py` kills runs in every place, and compares what comes of them byte by byte.
 """
 
 import contextlib
@@ -58,10 +58,10 @@ def readable_errors():
     except RuntimeError as error:  # torch has no class of its own for these
         if not re.search("gloo|NCCL|DataLoader worker", str(error)):
             raise
-        sys.exit(f"error: another process of this job ended, and its own message says why ({one_line(error, 100)})")
+        sys.exit(f"error: another process of this job failed, and says why, or was killed ({one_line(error, 100)})")
     except KeyboardInterrupt as error:
         if os.environ.get("RANK", "0") == "0":  # one of torchrun's processes speaks for all
-            print(f"interrupted{error and ': '}{error}; the same command goes on from here", file=sys.stderr)
+            print(f"interrupted{f': {error}' if error.args else ''}; the same command goes on from here", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
 
 

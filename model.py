@@ -510,7 +510,7 @@ def load_run(path):
             raise BadInput(f"{path}: was trained on another base than the one that lies in {base} now")
         if "fingerprint" in about and fingerprint(path) != about["fingerprint"]:
             raise BadInput(f"{path}: model.safetensors or config.json is not what was saved there. It is broken; or if "
-                           "you have changed it yourself, delete \"fingerprint\" from ollm.json")
+                           'you have changed it yourself, delete "fingerprint" from ollm.json')
         lvlm, tokenizer = load_lvlm(base), load_tokenizer(fetch(base))
         settings = about["settings"] or lvlm_settings(lvlm)
         if base == path:

@@ -171,7 +171,12 @@ def set_up_processes(device):
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # that would cost
     if world > 1:
-        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        store, *_ = next(dist.rendezvous("env://", rank, world))
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":
+            # Processes that --max-restarts starts anew get the store of the dead, with their addresses still in it. (On
+            # several nodes the counts may differ; TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 makes torchrun start a new one.)
+            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", store=store, rank=rank, world_size=world)
     return rank, world, torch.device(device)
 
 
@@ -261,40 +266,42 @@ def train_stage(args, training, out, chosen, processes):
         print(f"{stage}: {len(steps.samples)} samples of {training['data']}, {n_steps} steps of {steps.global_batch} "
               f"on {world} x {device}, lr {lr:g}, {sum(p.numel() for p in trained.values()):,} parameters trained"
               + (f"; going on after step {first} of an interrupted run" if first else ""))
-    started = time.time()
     loader = torch.utils.data.DataLoader(steps, batch_size=None, sampler=range(first, n_steps),
                                          num_workers=args.workers if device.type == "cuda" else 0,
                                          worker_init_fn=faults.ignore_interrupts)
-    bar = tqdm(loader, desc=stage, unit="step", disable=rank > 0, mininterval=1, initial=first, total=n_steps)
-    with faults.noted_signals() as received:
+    started, done = time.time(), first
+    with (faults.noted_signals() as received, tqdm(loader, desc=stage, unit="step", disable=rank > 0, mininterval=1,
+                                                   initial=first, total=n_steps) as bar):
         for step, micro_batches in enumerate(bar, first):
             torch.manual_seed(args.seed + 1_000_003 * step + rank)  # for whoever adds dropout; so far nothing is drawn
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, len(steps), lr)
             terms = train_step(wrapped, micro_batches, alpha, args.temperature, device, world)
-            loss, kl, ce, stop = total([*terms, float(len(received))], device)  # a signal to one stops all
+            loss, kl, ce, stop = total([*terms, float(len(received))], device)  # a signal to one process stops all
             norm = checked_norm(trained, loss, f"step {step}, samples {', '.join(steps.ids(step))}")
             optimizer.step()
             optimizer.zero_grad()
-            done, over = step + 1, step + 1 == n_steps
+            done = step + 1
             if rank == 0:
                 speed = (done - first) * steps.global_batch / (time.time() - started)
                 line = {"step": step, "loss": loss, "kl": kl, "ce": ce, "lr": group["lr"], "grad_norm": norm}
                 print(json.dumps({**line, "time": {"samples_per_s": speed}}), file=log, flush=True)
                 bar.set_postfix_str(f"loss {loss:.3f} kl {kl:.3f} ce {ce:.3f} lr {group['lr']:.1e} |g| {norm:.2f} "
                                     f"{speed:.0f} samples/s", refresh=False)
-                if not over and (stop or done % chosen["save_every"] == 0):
+                if done < n_steps and (stop or done % chosen["save_every"] == 0):
                     faults.save_checkpoint(out / CHECKPOINT, done, trained, optimizer, same)
-            if stop and not over:
-                bar.close()
-                wait_for_all(world)
-                raise KeyboardInterrupt(f"{stage}: stopped after step {step}, which is saved in {out}")
+            if stop:
+                break
+        if rank == 0 and done >= n_steps:
+            about = {**training, "steps": done, "contents": same, "versions": faults.versions()}
+            model.save_run(ollm, out, about, base)
+            (out / CHECKPOINT).unlink(missing_ok=True)
+        stop, = total([float(len(received))], device)
+    if stop:
+        raise KeyboardInterrupt(f"{stage} stands at {done} of {n_steps} steps, saved in {out}")
     if rank == 0:
         log.close()
-        model.save_run(ollm, out, {**training, "steps": n_steps, "contents": same, "versions": faults.versions()}, base)
-        (out / CHECKPOINT).unlink(missing_ok=True)
         print(f"{stage}: finished in {time.time() - started:.0f} s, the run lies in {out}")
-    wait_for_all(world)
 
 
 def parse_arguments():

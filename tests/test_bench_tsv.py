@@ -138,6 +138,7 @@ def test_frozen_models_answer_written_questions_once(place, monkeypatch):
         return {form: [f"{form} {s['id']}" for s in samples] for form in forms}
 
     for run in ("a", "b"):
+        (place / run).mkdir()
         done = eval.predict(ask, ("text", "audio"), rows, place / run / "p.jsonl", texts, args)
         assert [row["text"] for row in done] == [f"text {row['index']}" for row in rows]
     assert asked == [("text", "audio"), ("audio",)]

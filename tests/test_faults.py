@@ -1,0 +1,244 @@
+"""Nothing lost: locks, signals, dead processes, full disks, and runs that go on with another number of processes."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, build_ollm, run_here, run_script
+from safetensors.torch import load_file, save_file
+from test_train import losses
+from torch.nn.parallel import DistributedDataParallel
+
+import faults
+import model
+import train
+from faults import BadInput
+
+
+@pytest.fixture(scope="module")
+def start(world, tmp_path_factory):
+    """A run that listens, to train on."""
+    folder = tmp_path_factory.mktemp("start")
+    ollm = build_ollm(torch.float32)
+    model.save_run(ollm, folder / "base", {"stage": "vision-text", "alpha": 0.0, "seed": 0})
+    model.save_run(ollm, folder / "audio", {"stage": "audio-text", "alpha": 0.0, "seed": 0}, base=folder / "base")
+    return folder
+
+
+def begin(*arguments, cwd, torchrun=()):
+    """Starts train.py as a user would, on as many processes as torchrun is told."""
+    launcher = [sys.executable, *(["-m", "torch.distributed.run", *map(str, torchrun)] if torchrun else [])]
+    return subprocess.Popen([*launcher, str(ROOT / "train.py"), *map(str, arguments)], cwd=cwd, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def wait_for(path, process, seconds=60):
+    """Returns when a file is there. Fails if the process ends before."""
+    deadline = time.time() + seconds
+    while not path.exists():
+        assert process.poll() is None and time.time() < deadline, process.communicate()
+        time.sleep(0.01)
+
+
+def our_processes(out):
+    """{id: id of the parent} of all processes that train into this folder."""
+    found = {}
+    for place in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # ended meanwhile
+            if str(out) in (place / "cmdline").read_text():
+                found[int(place.name)] = int((place / "stat").read_text().rpartition(")")[2].split()[1])
+    return found
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def same_steps(a, b, rel):
+    for x, y in zip(losses(a), losses(b), strict=True):
+        for key in ("loss", "kl", "ce", "grad_norm", "lr"):
+            assert x[key] == pytest.approx(y[key], rel=rel), (x["step"], key)
+
+
+@pytest.fixture(scope="module")
+def options(start, world, tmp_path_factory):
+    """20 steps of AdamW in float64 of five samples, the last of one: then one of two processes is idle.
+
+    Every fifth answer is far longer than the others, and so one process's share of the tokens.
+    """
+    folder = tmp_path_factory.mktemp("ragged") / "vision-audio"
+    folder.mkdir()
+    rows = list(map(json.loads, (world / "vision-audio/samples.jsonl").read_text().splitlines()))[:96]
+    rows = [{**row, "answer": " ".join([row["answer"]] * (1 if i % 5 else 20))} for i, row in enumerate(rows)]
+    (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name in ("images", "audio"):
+        (folder / name).symlink_to(world / "vision-audio" / name)
+    return ["--init", start / "audio", "--data", folder, "--global-batch", 5, "--micro-batch", 3, "--float64",
+            "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(options, tmp_path_factory):
+    """The same in one process, left alone."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    done = run_here("train.py", *options, "--out", folder / "run", cwd=folder)
+    assert done.returncode == 0 and len(losses(folder / "run")) == 20, done.stderr
+    return folder / "run"
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes as Linux lists them")
+def test_torchrun_is_killed_and_one_process_goes_on(options, undisturbed, tmp_path):
+    """Two processes, SIGKILL to torchrun alone; its workers notice; then the rest on one process: the same steps."""
+    out = tmp_path / "run"
+    process = begin(*options, "--save-every", 4, "--out", out, cwd=tmp_path,
+                    torchrun=("--standalone", "--nproc_per_node", 2))
+    wait_for(out / "checkpoint.safetensors", process)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    deadline = time.time() + 20
+    while our_processes(out) and time.time() < deadline:
+        time.sleep(0.1)
+    assert not our_processes(out) and not (out / "ollm.json").exists()
+    again = run_here("train.py", *options, "--out", out, cwd=tmp_path)
+    assert again.returncode == 0 and "going on after step" in again.stdout, again.stderr
+    same_steps(out, undisturbed, rel=1e-9)
+    states = [load_file(folder / "model.safetensors") for folder in (out, undisturbed)]
+    for key, value in states[0].items():
+        torch.testing.assert_close(value, states[1][key], rtol=1e-6, atol=1e-9)
+
+
+def first_step(rank, world, folder, arguments):
+    """A process: loss and gradient of the first step, to a file; torchrun's environment is set by hand."""
+    os.environ.update({"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
+                       "MASTER_PORT": (folder / "port").read_text()})
+    sys.argv = ["train.py", *map(str, arguments)]
+    args = train.parse_arguments()
+    *_, device = train.set_up_processes(args.device)
+    training, _, chosen = train.describe(args, args.stage, None, asked=True)
+    ollm, _ = train.prepare_model(args, args.stage, training["init"], None, device)
+    steps = train.epoch_of(training, ollm, chosen["micro_batch"], rank, world)
+    wrapped = DistributedDataParallel(ollm) if world > 1 else ollm
+    loss, *_ = train.total(train.train_step(wrapped, steps[0], 0.75, 1.0, device, world), device)
+    gradients = {name: p.grad for name, p in ollm.named_parameters() if p.grad is not None}
+    save_file({**gradients, "loss": torch.tensor(loss)}, folder / f"{world}-{rank}")
+
+
+def test_first_loss_and_gradient_in_float32(options, tmp_path):
+    (tmp_path / "port").write_text(str(free_port()))
+    options = [option for option in options if option != "--float64"]
+    for world in (1, 2):
+        torch.multiprocessing.spawn(first_step, (world, tmp_path, options), nprocs=world)
+    one, *two = (load_file(tmp_path / name) for name in ("1-0", "2-0", "2-1"))
+    for state in two:
+        assert state.keys() == one.keys() and len(one) > 20
+        for name, value in one.items():
+            assert torch.dist(value, state[name]) <= 1e-5 * value.norm(), name
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_after_the_step_and_saves_it(number, options, undisturbed, tmp_path):
+    out = tmp_path / "run"
+    process = begin(*options, "--out", out, cwd=tmp_path)
+    wait_for(out / "log.jsonl", process)
+    while not (out / "log.jsonl").read_text():
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=30)
+    last = errors.splitlines()[-1]
+    assert process.returncode == 130 and last.startswith("interrupted: vision-audio stands at"), errors
+    assert "Traceback" not in errors and f"saved in {out}" in last and "same command" in last
+    assert f"stands at {len(losses(out))} of 20 steps" in last
+    again = run_here("train.py", *options, "--out", out, cwd=tmp_path)
+    assert again.returncode == 0 and f"going on after step {last.split()[4]} " in again.stdout
+    assert (out / "model.safetensors").read_bytes() == (undisturbed / "model.safetensors").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes as Linux lists them")
+def test_a_dead_rank_ends_the_job_or_is_started_again(options, undisturbed, tmp_path):
+    """Without --max-restarts: one readable error within a minute; with it: on from the last checkpoint."""
+    for restarts in (0, 1):
+        out = tmp_path / f"run{restarts}"
+        process = begin(*options, "--save-every", 4, "--out", out, cwd=tmp_path,
+                        torchrun=("--standalone", "--nproc_per_node", 2, "--max-restarts", restarts))
+        wait_for(out / "checkpoint.safetensors", process)
+        workers = [pid for pid, parent in our_processes(out).items() if parent == process.pid]
+        assert len(workers) == 2
+        os.kill(max(workers), signal.SIGKILL)
+        began = time.time()
+        printed, errors = process.communicate(timeout=100)
+        if restarts:
+            assert process.returncode == 0 and "going on after step" in printed, errors
+            same_steps(out, undisturbed, rel=1e-9)
+        else:
+            ours = [line for line in errors.splitlines() if line.startswith(("error:", "interrupted"))]
+            print(errors)
+            assert process.returncode != 0 and time.time() - began < 60 and len(ours) <= 1, errors
+            assert not (out / "ollm.json").exists() and (out / "checkpoint.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_two_nodes_on_one_machine(options, undisturbed, tmp_path):
+    torchrun = ("--nnodes", 2, "--nproc_per_node", 1, "--rdzv_backend", "c10d", "--rdzv_endpoint",
+                f"127.0.0.1:{free_port()}")
+    nodes = [begin(*options, "--out", tmp_path / "run", cwd=tmp_path, torchrun=torchrun) for _ in range(2)]
+    for node in nodes:
+        printed, errors = node.communicate(timeout=150)
+        assert node.returncode == 0, errors
+    same_steps(tmp_path / "run", undisturbed, rel=1e-9)
+
+
+def test_a_full_disk_keeps_the_checkpoint_before(options, tmp_path):
+    out = tmp_path / "run"
+    process = begin(*options, "--save-every", 4, "--out", out, cwd=tmp_path)
+    wait_for(out / "checkpoint.safetensors", process)
+    process.kill()
+    process.communicate()
+    before = (out / "checkpoint.safetensors").read_bytes()
+    full = run_script("train.py", *options, "--save-every", 1, "--out", out, cwd=tmp_path, largest_file=300_000)
+    assert full.returncode == 1 and "could not save the checkpoint" in full.stderr and "Traceback" not in full.stderr
+    assert (out / "checkpoint.safetensors").read_bytes() == before and not list(out.glob(".*.tmp"))
+
+
+def test_one_writer_a_folder_and_its_lock_dies_with_it(tmp_path):
+    holder = subprocess.Popen([sys.executable, "-c", "import sys, time, faults\nwith faults.only_writer(sys.argv[1]):\n"
+                               " print('held', flush=True)\n time.sleep(60)", str(tmp_path / "run")], cwd=ROOT,
+                              stdout=subprocess.PIPE)
+    assert holder.stdout.readline() == b"held\n"
+    (tmp_path / "run/.model.safetensors.7.tmp").write_text("half")
+    with pytest.raises(BadInput, match="another process writes there"), faults.only_writer(tmp_path / "run", 0.3):
+        pass
+    holder.kill()
+    holder.wait()
+    with faults.only_writer(tmp_path / "run", 0):
+        assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"], "what was half done is removed"
+
+
+def test_a_file_is_whole_or_as_it_was(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("before")
+    with pytest.raises(ZeroDivisionError), faults.written_whole(path, sync=True) as temporary:
+        temporary.write_text("half")
+        1 / 0
+    assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
+    with faults.written_whole(path, sync=True) as temporary:
+        temporary.write_text("after")
+    assert path.read_text() == "after" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_worker_that_is_killed_is_an_error_and_no_hang(tmp_path):
+    program = ("import os, data, faults\nwith faults.readable_errors(), data.workers() as pool:\n"
+               " list(pool.map(os._exit, [1, 1]))")
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and done.stderr.startswith("error: a worker process was killed")
+    assert done.stderr.count("\n") == 1
