@@ -15,6 +15,7 @@ Letters in shape comments: B batch, T tokens, S suffix tokens, A audio tokens, N
 
 import _ctypes
 import argparse
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -509,9 +510,14 @@ def save_speech(folder, name, rng, text, voices, rates=(240, 340)):
     return {"audio": f"audio/{name}.flac", "voice": voice}
 
 
+@contextlib.contextmanager
 def workers():
     """A process for each core; one that is killed is an error, where multiprocessing.Pool would wait for ever."""
-    return ProcessPoolExecutor(os.cpu_count(), initializer=start_worker, initargs=(os.getpid(),))
+    pool = ProcessPoolExecutor(os.cpu_count(), initializer=start_worker, initargs=(os.getpid(),))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)  # after Ctrl-C, what has not begun need not be done
 
 
 def note_settings(folder, settings):
