@@ -4,13 +4,10 @@ import json
 import math
 import re
 import shutil
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
-from conftest import ROOT, build_ollm, run_here, run_script
+from conftest import build_ollm, run_here, run_script
 from PIL import Image
 
 import model
@@ -61,22 +58,21 @@ def losses(folder):
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("processes", [2, 3])
-def test_processes_compute_the_same_steps_as_one(start, world, tmp_path, processes):
-    """20 AdamW steps in float64, also where the last batch and the ranks' shares are ragged or empty."""
-    options = ["--stage", "vision-audio", "--alpha", 0.75, "--init", start / "audio", "--data", world / "vision-audio",
-               "--global-batch", 5 if processes == 2 else 33, "--micro-batch", 3, "--lr", 1e-3, "--float64",
-               "--device", "cpu", "--max-steps", 20]
-    one = run_script("train.py", *options, "--out", tmp_path / "one", cwd=tmp_path)
-    many = run_script("train.py", *options, "--out", tmp_path / "many", cwd=tmp_path, processes=processes)
-    assert one.returncode == 0, one.stderr
-    assert many.returncode == 0, many.stderr
-    for a, b in zip(losses(tmp_path / "one"), losses(tmp_path / "many"), strict=True):
+def same_steps(a, b, rel=1e-9):
+    """Whether two runs logged the same steps."""
+    for x, y in zip(losses(a), losses(b), strict=True):
         for key in ("loss", "kl", "ce", "grad_norm", "lr"):
-            assert a[key] == pytest.approx(b[key], rel=1e-9), (a["step"], key)
-    states = [load_file(tmp_path / name / "model.safetensors") for name in ("one", "many")]
-    for key, value in states[0].items():
-        torch.testing.assert_close(value, states[1][key], rtol=1e-6, atol=1e-9)
+            assert x[key] == pytest.approx(y[key], rel=rel), (x["step"], key)
+
+
+def test_three_processes_compute_the_same_steps_as_one(start, world, tmp_path):
+    """The last batch has one sample: two of the processes have none. (Two processes: test_faults.py.)"""
+    options = ["--stage", "vision-audio", "--alpha", 0.75, "--init", start / "audio", "--data", world / "vision-audio",
+               "--global-batch", 33, "--micro-batch", 3, "--lr", 1e-3, "--float64", "--device", "cpu"]
+    one = run_here("train.py", *options, "--out", tmp_path / "one", cwd=tmp_path)
+    many = run_script("train.py", *options, "--out", tmp_path / "many", cwd=tmp_path, processes=3)
+    assert one.returncode == 0 and many.returncode == 0, one.stderr + many.stderr
+    same_steps(tmp_path / "one", tmp_path / "many")
 
 
 def test_vision_text_on_two_processes_equals_one(world, tmp_path):
@@ -86,9 +82,7 @@ def test_vision_text_on_two_processes_equals_one(world, tmp_path):
     for processes in (0, 2):
         done = run_script("train.py", *options, "--out", tmp_path / str(processes), cwd=tmp_path, processes=processes)
         assert done.returncode == 0, done.stderr
-    for a, b in zip(losses(tmp_path / "0"), losses(tmp_path / "2"), strict=True):
-        for key in ("loss", "grad_norm"):
-            assert a[key] == pytest.approx(b[key], rel=1e-9), (a["step"], key)
+    same_steps(tmp_path / "0", tmp_path / "2")
 
 
 def test_the_chain_makes_what_is_missing_and_reuses_it(world, tmp_path):
@@ -164,26 +158,3 @@ def test_no_room_for_a_checkpoint_is_one_line_and_leaves_nothing_half_written(st
                       "--out", tmp_path / "out", cwd=tmp_path, largest_file=300_000)
     assert done.returncode == 1 and "could not save the run" in done.stderr and "Traceback" not in done.stderr
     assert {path.name for path in (tmp_path / "out").iterdir()} == {".lock", "log.jsonl"}
-
-
-def test_an_interrupted_run_goes_on_from_its_checkpoint_as_if_nothing_had_happened(start, world, tmp_path):
-    options = ["--init", start / "audio", "--data", world / "vision-audio", "--global-batch", 10, "--float64",
-               "--device", "cpu", "--seed", 4]
-    whole = run_here("train.py", *options, "--out", tmp_path / "whole", cwd=tmp_path)
-    assert whole.returncode == 0, whole.stderr
-    out = tmp_path / "cut"
-    command = [sys.executable, ROOT / "train.py", *map(str, options), "--out", out, "--save-every", "3"]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while process.poll() is None and not (out / "checkpoint.safetensors").exists():
-        time.sleep(0.01)
-    process.kill()
-    assert process.wait() != 0 and not (out / "ollm.json").exists()
-    other = run_here("train.py", *options, "--alpha", 0, "--out", out, cwd=tmp_path)
-    assert other.returncode == 1 and "alpha is 0.75 there and 0.0 here" in other.stderr
-    again = run_script("train.py", *options, "--out", out, "--save-every", 3, cwd=tmp_path)
-    assert again.returncode == 0 and "going on after step" in again.stdout, again.stderr
-    for a, b in zip(losses(tmp_path / "whole"), losses(out), strict=True):
-        assert {k: v for k, v in a.items() if k != "time"} == {k: v for k, v in b.items() if k != "time"}
-    states = [load_file(folder / "model.safetensors") for folder in (tmp_path / "whole", out)]
-    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
-    assert not (out / "checkpoint.safetensors").exists()
