@@ -1,0 +1,48 @@
+"""Every command that the README or a docstring shows is one that its script takes."""
+
+import argparse
+import ast
+import re
+import shlex
+
+import pytest
+from conftest import ROOT, run_here
+from torch.distributed.run import get_args_parser
+
+# The launcher and its options, the script, and words or "quoted words" as far as a comment, a pipe or the end.
+COMMAND = r"""(?:torchrun|python)(?: [^\s;`)|#]+)*? \w+\.py(?: (?:"[^"]*"|[^\s;`)|#"]+))*"""
+
+
+def written_commands():
+    """(where, command) of each `python X.py ...` and `torchrun X.py ...` in the README and the docstrings."""
+    texts = {path.name: path.read_text() for path in ROOT.glob("*.md")}
+    texts |= {path.name: ast.get_docstring(ast.parse(path.read_text())) for path in ROOT.glob("*.py")}
+    for where, text in texts.items():
+        text = re.sub(r"\\\n\s*", "", text)  # a command that goes on on the next line
+        for match in re.finditer(COMMAND, text):
+            yield where, match[0]
+
+
+COMMANDS = sorted(set(written_commands()))
+
+
+def test_commands_are_found():
+    assert len(COMMANDS) > 60 and len({where for where, _ in COMMANDS}) >= 10
+
+
+@pytest.mark.parametrize("where, command", COMMANDS, ids=[f"{where}: {command}" for where, command in COMMANDS])
+def test_a_command_is_one_that_its_script_takes(where, command, monkeypatch, tmp_path):
+    launcher, *words = shlex.split(command.removesuffix(" ..."))
+    script = next(i for i, word in enumerate(words) if word.endswith(".py"))
+    if launcher == "torchrun":
+        get_args_parser().parse_args(words[: script + 1])
+    parse = argparse.ArgumentParser.parse_args
+
+    def parse_and_leave(parser, *arguments):
+        parse(parser, *arguments)
+        raise SystemExit("taken")
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_leave)
+    arguments = [re.sub(r"\$\w+|\$\{\w+\}", "1", word) for word in words[script + 1:]]
+    done = run_here(words[script], *arguments, cwd=tmp_path)
+    assert done.stderr == "taken\n", f"{where}: {command}"
