@@ -19,8 +19,7 @@ import string
 from pathlib import Path
 from statistics import fmean
 
-from PIL import Image
-
+import data
 from faults import BadInput
 
 BENCHMARKS = {  # by the file's stem: the paper's columns, and which of the scorer's numbers stands in each
@@ -126,8 +125,8 @@ def need(row, name):
 def image_of(row):
     """A row's picture, RGB. (VLMEvalKit saved it as JPEG once more on its way to the model; that loss is spared.)"""
     try:
-        return Image.open(io.BytesIO(base64.b64decode(need(row, "image")))).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        return data.decoded(io.BytesIO(base64.b64decode(need(row, "image"))))
+    except data.BROKEN_PICTURE as error:
         raise BadInput(f"{name_of(row)}: the image is broken: {error}") from None
 
 

@@ -20,8 +20,10 @@ import ctypes
 import functools
 import hashlib
 import json
+import math
 import os
 import random
+import warnings
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -44,6 +46,12 @@ TOKEN_SAMPLES = 640  # waveform samples per audio token: 10 ms hop x 2 (convolut
 IGNORE = -100  # the label of a token that is not supervised, as everywhere in torch and transformers
 AUDIO_SLOT = -200  # stands in the ids where an audio token goes (LLaVA marks image tokens in the same way)
 MAX_SECONDS = 30  # Whisper has positions for no more
+MAX_TILES = 128  # far more than any LLM has positions for
+MAX_CHANNELS = 16
+MAX_SPOKEN = 5_000  # characters: minutes of speech
+RATES = 4_000, 200_000  # Hz: between them lies whatever speech is recorded at
+PICTURES = "PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF"  # no format whose reader starts another program
+BROKEN_PICTURE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what PIL may say of a file
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -69,12 +77,15 @@ def fetch(path):
                        "(--init, --whisper, --voice)") from None
 
 
-def read_json(path):
-    """A JSON file's object. Raises BadInput if it is missing or broken."""
+def read_json(path, kind=dict):
+    """A JSON file's object, or with kind=list its list. Raises BadInput if it is missing, broken or of another kind."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        value = parsed(Path(path).read_bytes(), path)
+    except OSError as error:
         raise BadInput(f"{path}: cannot be read: {error}") from None
+    if not isinstance(value, kind):
+        raise BadInput(f"{path}: should hold a JSON {'object' if kind is dict else 'list'}, not this: {value!r:.40}")
+    return value
 
 
 def json_lines(path):
@@ -86,9 +97,12 @@ def json_lines(path):
 
 
 def parsed(line, where):
-    """The value of a line of JSON (bytes). Raises BadInput if it is none."""
+    """The value of a line of JSON (bytes). Raises BadInput if it is none, or has half a character ("\\ud800")."""
     try:
-        return json.loads(line.decode("utf-8"))
+        value = json.loads(line.decode("utf-8"))
+        if b"\\u" in line:  # only an escape can be half of one; no tokenizer takes it, and no file
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+        return value
     except (ValueError, RecursionError) as error:
         raise BadInput(f"{where}: not JSON: {error}") from None
 
@@ -117,6 +131,8 @@ def check_sample(sample, where):
     for key in ("id", "image", "question", "audio", "answer"):
         if not isinstance(sample.get(key, ""), str):
             raise BadInput(f"{where}: {key!r} must be a string")
+    if type(sample.get("phase", 0)) is not int:
+        raise BadInput(f"{where}: 'phase' must be an integer")
     for key in ("image", "audio"):
         if Path(sample.get(key, "")).is_absolute() or ".." in Path(sample.get(key, "")).parts:
             raise BadInput(f"{where}: {key!r} must lie inside the folder, not at {sample[key]!r}")
@@ -164,7 +180,7 @@ class Samples(torch.utils.data.Dataset):
         digest = hashlib.sha256((self.folder / "samples.jsonl").read_bytes())
         for name in sorted({row[key] for row in self.rows for key in ("image", "audio") if key in row}):
             path = self.folder / name
-            digest.update(f"{name} {path.stat().st_size if path.exists() else None}\n".encode())
+            digest.update(f"{name} {path.stat().st_size if os.path.exists(path) else None}\n".encode())
         return digest.hexdigest()
 
     def length(self, index):
@@ -175,10 +191,17 @@ class Samples(torch.utils.data.Dataset):
 def load_image(path):
     """An RGB PIL image, wholly decoded. Raises BadInput if it is missing or broken."""
     try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        return decoded(path)
+    except BROKEN_PICTURE as error:
         raise BadInput(f"cannot read the image {path}: {error}") from None
+
+
+def decoded(file):
+    """The same from a path or an open file. Raises one of BROKEN_PICTURE if it is missing or broken."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a broken file that is read all the same, and of very many pixels
+        with Image.open(file, formats=PICTURES) as image:
+            return image.convert("RGB")
 
 
 def load_audio(path, start=0.0, seconds=None):
@@ -189,17 +212,27 @@ def load_audio(path, start=0.0, seconds=None):
     """
     try:
         with soundfile.SoundFile(path) as file:
-            rate, frames = file.samplerate, -1 if seconds is None else round(seconds * file.samplerate)
-            file.seek(round(start * rate))
-            wave = file.read(frames, dtype="float32", always_2d=True)  # (samples, channels)
-    except (soundfile.LibsndfileError, OSError, RuntimeError) as error:
+            rate, wave = file.samplerate, stretch_of(file, start, seconds)  # (samples, channels)
+        if not len(wave) or not np.isfinite(wave).all():
+            raise BadInput("it has no samples, or samples that are not numbers")
+        return resample(wave.mean(axis=1), rate)
+    except (soundfile.LibsndfileError, OSError, RuntimeError, BadInput) as error:
         raise BadInput(f"cannot read the audio {path}: {error}") from None
-    wave = resample(wave.mean(axis=1), rate)
-    if not len(wave) or not np.isfinite(wave).all():
-        raise BadInput(f"the audio {path} has no samples, or samples that are not numbers")
-    if len(wave) > MAX_SECONDS * SAMPLE_RATE:
-        raise BadInput(f"the audio {path} lasts {len(wave) / SAMPLE_RATE:.1f} s; Whisper hears {MAX_SECONDS} s at most")
-    return wave
+
+
+def stretch_of(file, start, seconds):
+    """Samples (n, channels) of an open recording. Raises BadInput, before anything is read, if they are too many.
+
+    The header says how many there are. It may be wrong, and what it claims would be allocated.
+    """
+    if file.channels > MAX_CHANNELS:
+        raise BadInput(f"it has {file.channels} channels, {MAX_CHANNELS} are the most")
+    first = min(start * file.samplerate, file.frames)
+    count = file.frames - round(first) if seconds is None else min(seconds * file.samplerate, file.frames - first)
+    if count > MAX_SECONDS * file.samplerate:
+        raise BadInput(f"it lasts {count / file.samplerate:.1f} s; Whisper hears {MAX_SECONDS} s at most")
+    file.seek(round(first))
+    return file.read(round(count), dtype="float32", always_2d=True)
 
 
 @functools.cache
@@ -207,7 +240,11 @@ def resampler(rate):
     """torchaudio's filter from `rate` to 16 kHz; making it takes longer than using it.
 
     In double precision: thrice as fast for speech, as torch's plain convolution suits so long a filter best.
+    Raises BadInput for a rate that nobody records at: if it has too little in common with 16 kHz (16001 Hz has
+    nothing), the filter would take gigabytes.
     """
+    if not RATES[0] <= rate <= RATES[1] or rate * SAMPLE_RATE // math.gcd(rate, SAMPLE_RATE) ** 2 > 2**22:
+        raise BadInput(f"its sample rate is {rate} Hz: convert it to a usual one, such as 16000 or 44100")
     return torchaudio.transforms.Resample(rate, SAMPLE_RATE).double()
 
 
@@ -220,7 +257,10 @@ def tile(image, max_tiles, size=448, thumbnail=True):
     """InternVL2's dynamic tiling: the grid of at most `max_tiles` squares whose aspect ratio is nearest the image's.
 
     Returns a list of size x size PIL images, row by row, and a thumbnail of the whole last if there is more than one.
+    Raises BadInput if there may be more of them than any model could see.
     """
+    if max_tiles > MAX_TILES:
+        raise BadInput(f"a picture cannot be cut into up to {max_tiles} squares, {MAX_TILES} are the most")
     width, height = image.size
     best, columns, rows = float("inf"), 1, 1
     for area in range(1, max_tiles + 1):
@@ -295,9 +335,11 @@ def collate(samples, tokenizer, mel_extractor, settings, answers=True, stretch_s
     answer_ids = tokenizer([s["answer"] + "<|im_end|>" for s in samples]).input_ids if answers else [[]] * len(samples)
     batch = {"pixels": torch.cat(images) if images else None, "mel": None, "text": None, "audio": None}
     heads, slots, tail = prompts(tokenizer, settings, image_tokens, [s.get("question", "") for s in samples])
+    room = [tokenizer.model_max_length - len(head) for head in heads]
     batch["prefix"] = pad(heads, tokenizer.pad_token_id)
     if "question" in samples[0]:
         spread = [None if stretch_seed is None else random.Random(f"{stretch_seed}/{s['id']}") for s in samples]
+        check_length(samples, room, slots, tail, answer_ids)
         batch["text"] = suffixes(tokenizer, slots, tail, answer_ids, spread, left=not answers)
     if "wave" in samples[0]:
         waves = [padded(s["wave"], settings) for s in samples]
@@ -306,15 +348,26 @@ def collate(samples, tokenizer, mel_extractor, settings, answers=True, stretch_s
         after = [s.get("after", "" if "question" in s else settings["instruction"]) for s in samples]
         after_ids = [tokenizer(text).input_ids if text else [] for text in after]
         heard = [[AUDIO_SLOT] * audio_tokens(wave) + ids for wave, ids in zip(waves, after_ids)]
+        check_length(samples, room, heard, tail, answer_ids)
         batch["audio"] = suffixes(tokenizer, heard, tail, answer_ids, [None] * len(samples), left=not answers)
     return batch
+
+
+def check_length(samples, room, slots, tail, answer_ids):
+    """Raises BadInput if a sample has more tokens after its image than there is room for: the LLM has no positions."""
+    for sample, most, slot, answer in zip(samples, room, slots, answer_ids):
+        length = len(slot) + len(tail) + len(answer)
+        if length > most:
+            name = sample.get("where") or f"the question {sample.get('id', '')}".strip()
+            raise BadInput(f"{name}: question and answer have {length} tokens, and the model has room for {most:,} "
+                           "after the image")
 
 
 def prompts(tokenizer, settings, image_tokens, questions):
     """Token ids of InternVL2's chat prompt in three parts: before the slot, in it, and after it.
 
     Text and speech fill the same slot, so everything around it must be the same for both: each prompt is tokenised
-    whole and cut, and it is asserted that no token grew across a cut. Returns (heads, slots, tail).
+    whole and cut, and it is checked that no token grew across a cut. Returns (heads, slots, tail).
     """
     system = f"<|im_start|>system\n{settings['system']}<|im_end|><|im_start|>user\n"
     before = [system + ("<img>" + "<IMG_CONTEXT>" * n + "</img>\n" if n else "") for n in image_tokens]
@@ -323,7 +376,8 @@ def prompts(tokenizer, settings, image_tokens, questions):
     whole = tokenizer([b + q + after for b, q in zip(before, questions)]).input_ids
     heads, tail = tokenizer(before).input_ids, tokenizer(after).input_ids
     for head, ids, question in zip(heads, whole, questions):
-        assert ids[: len(head)] == head and ids[-len(tail):] == tail, f"tokens merge around the question {question!r}"
+        if ids[: len(head)] != head or ids[-len(tail):] != tail:
+            raise BadInput(f"the tokenizer merges the question {question!r:.200} with what stands around it")
     return heads, [ids[len(head): -len(tail)] for head, ids in zip(heads, whole)], tail
 
 
@@ -408,8 +462,10 @@ def speak(text, voice=VOICES[0], words_per_minute=175, pitch=50):
     espeak-ng carries state from one utterance to the next (its flutter and noise go on), and has no call to reset it.
     So its library is loaded afresh each time, which costs little: speech is then a function of the arguments alone.
     """
-    if not text.strip():
-        raise BadInput("there is nothing to say: the text is empty")
+    if not text.strip() or "\0" in text:  # at which the library would stop
+        raise BadInput("there is nothing to say: the text is empty, or has a NUL character")
+    if len(text) > MAX_SPOKEN:
+        raise BadInput(f"the text is too long to be spoken: {len(text)} characters, {MAX_SPOKEN} are the most")
     library = ctypes.CDLL(espeakng_loader.get_library_path())
     rate = library.espeak_Initialize(2, 0, espeakng_loader.get_data_path().encode(), 0)  # 2: hand samples to a callback
     pieces = []
@@ -597,6 +653,10 @@ if __name__ == "__main__":
         elif args.command != "speak":
             sources.make(args)
         else:
+            form = Path(args.out).suffix[1:].upper()
+            if form not in ("WAV", "FLAC"):
+                raise BadInput(f"{args.out}: speech is written to .wav or .flac")
             wave, rate = speak(args.text, args.voice)
-            soundfile.write(args.out, wave, rate)
+            with written_whole(args.out) as temporary, open(temporary, "wb") as file:
+                soundfile.write(file, wave, rate, format=form)
             print(f"{args.out}: {len(wave) / rate:.2f} s")

@@ -46,6 +46,7 @@ from benchmarks import BENCHMARKS, score
 from faults import BadInput
 
 BATCH = 100  # questions generated at once
+PAIR = re.compile(rf"\b({'|'.join(shapes.COLORS)}) ({'|'.join(shapes.SHAPES)})\b")  # what a description consists of
 VLMEVALKIT_TILES = {"ChartQA_TEST": 12, "MMMU_DEV_VAL": 12, "DocVQA_VAL": 18, "DocVQA_TEST": 18, "InfoVQA_VAL": 24,
                     "InfoVQA_TEST": 24, "OCRBench": 24}  # and 6 for all others
 
@@ -61,11 +62,20 @@ def score_answer(sample, answer):
         return float(named == [sample["label"]])
     if kind in shapes.ALIGN_KINDS:
         return float(mmalign.judge(answer, sample["question"], sample["label"], sample["false"]) == "right")
-    pair = rf"\b({'|'.join(shapes.COLORS)}) ({'|'.join(shapes.SHAPES)})\b"
-    named, true = re.findall(pair, said), re.findall(pair, sample["label"])
+    named, true = PAIR.findall(said), PAIR.findall(sample["label"])
     if len(named) > len(shapes.PLACES):  # more than a picture can hold: everything was listed
         return 0.0
     return 2 * len(set(named) & set(true)) / (len(named) + len(true))
+
+
+def check_scorable(sample):
+    """Raises BadInput unless the sample has what answers of its kind are scored by."""
+    needed = ("label", "false") if sample["kind"] in shapes.ALIGN_KINDS else ("label",)
+    for key in (*needed, *sample.keys() & {"scene"}):
+        if not isinstance(sample.get(key), str):
+            raise BadInput(f"{sample['where']}: {key!r} must be a string: answers are scored by it")
+    if sample["kind"] == "description" and not PAIR.search(sample["label"]):
+        raise BadInput(f"{sample['where']}: the label of a description names coloured shapes, not {sample['label']!r}")
 
 
 def names_what_is_there(sample, answer):
@@ -136,6 +146,8 @@ def evaluate(run, folder, kinds, n, device, texts, desc, max_tiles=None):
     indices = [i for i, row in enumerate(samples.rows) if row.get("kind") in kinds][:n]
     if not indices:
         raise BadInput(f"{folder}: has no question of the kinds {', '.join(kinds)}")
+    for i in indices:
+        check_scorable(samples.rows[i])
     known = texts.setdefault((base, str(folder), ollm.settings["max_tiles"]), {})
     rows = {}
     indices = sorted(indices, key=samples.length)
@@ -229,7 +241,8 @@ def speech(text, voice, cache):
 
 def bench_sample(row, forms, args):
     """A row as a sample: its picture, the prompt in writing, and the prompt or the question alone aloud."""
-    sample = {"id": row["index"], "image": benchmarks.image_of(row), "question": row["prompt"], "answer": ""}
+    sample = {"id": row["index"], "where": row["where"], "image": benchmarks.image_of(row), "question": row["prompt"],
+              "answer": ""}
     if "audio" not in forms:
         return sample
     spoken, after = (row["prompt"], "") if args.speak == "prompt" else (row["said"], row["rest"])
@@ -246,10 +259,14 @@ def finished(path, batches):
     """
     if not path.exists():
         return {}
-    whole, newline, _ = path.read_text(encoding="utf-8").rpartition("\n")
-    with faults.written_whole(path) as temporary:
-        temporary.write_text(whole + newline, encoding="utf-8")
-    done = {line["index"]: line for _, line in data.json_lines(path)}
+    done = {}
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+        line = data.parsed(line, where := f"{path}:{number}")
+        if not isinstance(line, dict) or not all(isinstance(line.get(key), str) for key in ("index", "prompt", "text")):
+            raise BadInput(f"{where}: not an answer of an earlier evaluation: delete the file to ask anew")
+        if not isinstance(line.get("audio", 0), (str, type(None))):
+            raise BadInput(f"{where}: 'audio' must be a string or null: delete the file to ask anew")
+        done[line["index"]] = line
     for row in (row for batch in batches for row in batch if row["index"] in done):
         if done[row["index"]]["prompt"] != row["prompt"]:
             raise BadInput(f"{path}: answers another question than {row['where']} asks: delete it to ask anew")
@@ -337,7 +354,7 @@ def bench_measures(results):
     columns = {column: result[key] for name, result in results.items() for column, key in BENCHMARKS[name].items()
                if key in result}
     rest = {f"{name}: {key}": result[key] for name, result in results.items() for key in SHOWN.get(name, ())}
-    return {**columns, "mean": statistics.fmean(columns.values()), **rest}
+    return {**columns, "mean": statistics.fmean(columns.values() or [math.nan]), **rest}
 
 
 def report_benchmarks(args):

@@ -15,6 +15,7 @@ and a run may go on with another number of processes. There is nothing to run he
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import platform
@@ -192,17 +193,27 @@ def differences(there, here):
 def save_checkpoint(path, step, trained, optimizer, training):
     """What it takes to go on after `step` steps: weights and AdamW's moments, whole or not at all.
 
-    training: a dict that tells which training it is; as JSON in the file's metadata, with the step
+    training: a dict that tells which training it is; as JSON in the file's metadata, with the step and a digest
     """
     tensors = {f"weight.{name}": p.detach() for name, p in trained.items()}
     for moment in MOMENTS:
         tensors |= {f"{moment}.{name}": optimizer.state[p][moment] for name, p in trained.items()}
     about = {"step": step, "training": training, "versions": versions()}
+    about["digest"] = digest(about, sorted(tensors.items()))
     try:
         with written_whole(path, sync=True) as temporary:
             save_file(tensors, temporary, metadata={"about": json.dumps(about)})
     except (OSError, SafetensorError) as error:
         raise BadInput(f"could not save the checkpoint {path}, an earlier one is kept: {error}") from None
+
+
+def digest(about, tensors):
+    """SHA-256 over a dict and (name, tensor) pairs: which checkpoint it is, to the bit."""
+    whole = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    for name, tensor in tensors:
+        whole.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        whole.update(tensor.cpu().flatten().view(torch.uint8).numpy())
+    return whole.hexdigest()
 
 
 def load_checkpoint(path, trained, optimizer, training):
@@ -218,6 +229,8 @@ def load_checkpoint(path, trained, optimizer, training):
             other = differences(about["training"], training)
             if other:
                 raise BadInput(f"{path}: belongs to another training ({other}): delete it, or choose another --out")
+            if about.pop("digest") != digest(about, ((name, file.get_tensor(name)) for name in sorted(file.keys()))):
+                raise ValueError("it is not what was saved there")
             for name, p in trained.items():
                 p.data.copy_(file.get_tensor(f"weight.{name}"))
                 moments = {m: file.get_tensor(f"{m}.{name}").to(p.device) for m in MOMENTS}

@@ -23,6 +23,7 @@ the time; who says anything else is wrong, and with --data also counted as not a
 
 import argparse
 import functools
+import os
 import random
 import re
 import sys
@@ -112,9 +113,7 @@ def aro_row(row, kind):
 
 def usable(path, kind):
     """([(name, row by aro_row)], skipped): the rows of one of ARO's files that can be used, as far as they tell."""
-    rows, kept, skipped = data.read_json(path), {}, []
-    if not isinstance(rows, list):
-        raise BadInput(f"{path}: not a list of rows")
+    rows, kept, skipped = data.read_json(path, list), {}, []
     for number, row in enumerate(rows):
         name = f"{kind}-{number:06}"
         try:
@@ -129,7 +128,7 @@ def usable(path, kind):
 
 def cropped(images, name, box):
     """The part of a picture in the box, as ARO cuts it, but not beyond the picture's border (ARO has black there)."""
-    if Path(name).is_absolute() or ".." in Path(name).parts or not (images / name).is_file():
+    if Path(name).is_absolute() or ".." in Path(name).parts or not os.path.isfile(images / name):
         raise BadInput(f"the picture is missing: {name}")
     try:
         image = data.load_image(images / name)

@@ -27,6 +27,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
@@ -40,13 +41,22 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm, apply_rotary_
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 import shapes
-from data import AUDIO_SLOT, IGNORE, fetch, read_json
-from faults import BadInput, flush_to_disk
+from data import AUDIO_SLOT, IGNORE, MAX_SECONDS, fetch, read_json
+from faults import BadInput, differences, flush_to_disk, one_line
 from loss import chunked_self_kd_loss
 
 transformers.utils.logging.disable_progress_bar()  # our own bars show what takes long
+transformers.utils.logging.set_verbosity_error()  # and our own checks say what is wrong
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>")
+POSITIONS = 2048  # of the built-in LLM
+LARGEST = {  # numbers of a config.json and what they are at most, in any model that could be meant
+    "num_hidden_layers": 200, "hidden_size": 2**14, "intermediate_size": 2**16, "num_attention_heads": 512,
+    "num_key_value_heads": 512, "vocab_size": 2**20, "max_position_embeddings": 2**22, "image_size": 2**12,
+    "patch_size": 2**10, "num_channels": 16, "encoder_layers": 200, "d_model": 2**14, "encoder_ffn_dim": 2**16,
+    "encoder_attention_heads": 512, "num_mel_bins": 512, "max_source_positions": 2**14}
+UNLOADABLE = (OSError, AttributeError, KeyError, TypeError, ValueError, ArithmeticError, RuntimeError, SafetensorError,
+              StrictDataclassError)  # what is raised for folders whose numbers have a wrong type or do not fit together
 
 
 class OLLM(nn.Module):
@@ -241,7 +251,7 @@ def build_tokenizer():
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<|endoftext|>",
                                    eos_token="<|im_end|>", additional_special_tokens=[*SPECIAL_TOKENS, "\n"],
-                                   clean_up_tokenization_spaces=False)
+                                   clean_up_tokenization_spaces=False, model_max_length=POSITIONS)
 
 
 def build_lvlm():
@@ -252,7 +262,7 @@ def build_lvlm():
                   # Not the usual 0.1 and 0.02: with these, a model this narrow is slow to see.
                   layer_scale_init_value=0.5, initializer_range=0.08)
     text = dict(model_type="qwen2", vocab_size=len(tokenizer), hidden_size=128, num_hidden_layers=4,
-                num_attention_heads=8, num_key_value_heads=8, intermediate_size=256, max_position_embeddings=2048,
+                num_attention_heads=8, num_key_value_heads=8, intermediate_size=256, max_position_embeddings=POSITIONS,
                 initializer_range=0.08)
     config = InternVLConfig(vision_config=vision, text_config=text, tie_word_embeddings=False,  # it ties by default
                             image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"), image_seq_length=4)
@@ -276,6 +286,7 @@ def build_audio_encoder():
 
 # ---- the real models -----------------------------------------------------------------------------------------------
 
+PREPROCESSOR = "preprocessor_config.json"
 SYSTEM_MESSAGE = ("你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，"
                   "英文名叫InternVL, 是一个有用无害的人工智能助手。")  # InternVL2's own, to the letter
 ORIGINAL_NAMES = (  # OpenGVLab's parameter names, as regular expressions, and transformers'
@@ -298,7 +309,12 @@ ORIGINAL_NAMES = (  # OpenGVLab's parameter names, as regular expressions, and t
 def stored_tensors(folder):
     """(name, tensor) of every tensor in the folder's safetensors, single or sharded. Raises BadInput without any."""
     index = folder / "model.safetensors.index.json"
-    names = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
+    names = ["model.safetensors"]
+    if index.exists():
+        files = read_json(index).get("weight_map")
+        if not isinstance(files, dict) or not all(isinstance(f, str) and f == Path(f).name for f in files.values()):
+            raise BadInput(f"{index}: its weight_map does not name files of this folder")
+        names = sorted(set(files.values()))
     for path in (folder / name for name in names):
         if not path.is_file():
             raise BadInput(f"{path}: no such file; weights are read from safetensors alone, never from pickle (.bin)")
@@ -310,6 +326,16 @@ def stored_tensors(folder):
             raise BadInput(f"{path}: cannot be read: {error}") from None
 
 
+def check_sizes(config, where):
+    """Raises BadInput if a number in a config.json's object is none or absurd: so much would be built at once."""
+    for key, value in config.items():
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(value, dict):
+                check_sizes(value, where)
+            elif key in LARGEST and not (type(number) is int and 0 < number <= LARGEST[key]):
+                raise BadInput(f"{where}: {key} is {number!r:.40}, not a number from 1 to {LARGEST[key]}")
+
+
 def native_config(config, image_token_id):
     """transformers' InternVLConfig for an original InternVL2 config.json (a dict). Raises BadInput if unsupported.
 
@@ -317,6 +343,8 @@ def native_config(config, image_token_id):
     are others, and every one of them would load without a word and give wrong numbers.
     """
     vision, llm = config["vision_config"], config["llm_config"]
+    if not isinstance(vision, dict) or not isinstance(llm, dict):
+        raise BadInput("vision_config and llm_config must be objects")
     family = (llm.get("architectures") or ["?"])[0]
     if family != "Qwen2ForCausalLM" or vision.get("qk_normalization") or vision.get("norm_type") != "layer_norm":
         encoder = "InternViT-6B" if vision.get("qk_normalization") else "InternViT-300M"
@@ -375,8 +403,13 @@ def load_lvlm(path, image_token_id=None, dtype=torch.float32):
     """
     folder = fetch(path)
     config = read_json(folder / "config.json")
+    check_sizes(config, folder / "config.json")
     if config.get("model_type") == "internvl":
-        return InternVLForConditionalGeneration.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+        lvlm, info = InternVLForConditionalGeneration.from_pretrained(folder, dtype=dtype, use_safetensors=True,
+                                                                      output_loading_info=True)
+        if info["missing_keys"]:
+            raise BadInput(f"{path}: the weights do not fit: missing {sorted(info['missing_keys'])[:3]}")
+        return lvlm
     if config.get("model_type") != "internvl_chat":
         raise BadInput(f"{path}: a model of the type {config.get('model_type')!r}; supported are InternVL2 in its "
                        "original layout (internvl_chat) and transformers' native one (internvl)")
@@ -384,8 +417,10 @@ def load_lvlm(path, image_token_id=None, dtype=torch.float32):
         image_token_id = load_tokenizer(folder).convert_tokens_to_ids("<IMG_CONTEXT>")
     try:
         config = native_config(config, image_token_id)
-    except (KeyError, BadInput) as error:
-        raise BadInput(f"{path}/config.json: {error if isinstance(error, BadInput) else f'lacks {error}'}") from None
+    except KeyError as error:
+        raise BadInput(f"{path}/config.json: lacks {error}") from None
+    except (AttributeError, TypeError, ArithmeticError, ValueError, StrictDataclassError, BadInput) as error:
+        raise BadInput(f"{path}/config.json: {one_line(error, 300)}") from None
     with no_init_weights():  # 938 million random numbers that nobody would look at
         lvlm = InternVLForConditionalGeneration(config).to(dtype)
     load_weights(lvlm, renamed(stored_tensors(folder)), path)
@@ -400,25 +435,58 @@ def lvlm_settings(lvlm):
 
 def load_tokenizer(folder):
     """The tokenizer in a folder. InternVL2's is Qwen2's, built from vocab.json and merges.txt without remote code."""
+    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json"):
+        if (Path(folder) / name).exists():
+            read_json(Path(folder) / name)  # whose message names the file
     try:
-        if (Path(folder) / "tokenizer.json").exists():
-            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        return Qwen2Tokenizer.from_pretrained(folder)
-    except (OSError, ValueError, TypeError) as error:
-        raise BadInput(f"{folder}: the tokenizer does not load: {' '.join(str(error).split())[:200]}") from None
+        whole = (Path(folder) / "tokenizer.json").exists()
+        tokenizer = (AutoTokenizer.from_pretrained(folder, trust_remote_code=False) if whole
+                     else Qwen2Tokenizer.from_pretrained(folder))
+        lacking = [token for token in SPECIAL_TOKENS if token not in tokenizer.get_vocab()]
+        if lacking or tokenizer.pad_token is None:
+            raise ValueError(f"it lacks {lacking or 'a token for padding'}")
+        if not tokenizer.model_max_length > 0:
+            raise ValueError("its model_max_length is not above 0")
+        return tokenizer
+    except Exception as error:
+        if not isinstance(error, UNLOADABLE) and type(error) is not Exception:  # tokenizers has no class of its own
+            raise
+        raise BadInput(f"{folder}: the tokenizer does not load: {one_line(error, 200)}") from None
 
 
 def load_audio_encoder(path, dtype=torch.float32):
     """(Whisper's encoder, its mel front end) from a Whisper of any size, folder or hub id; the decoder is left out."""
     folder = fetch(path)
-    if read_json(folder / "config.json").get("model_type") != "whisper":
-        raise BadInput(f"{path}: not a Whisper model")
-    with no_init_weights():
-        encoder = WhisperEncoder(WhisperConfig.from_pretrained(folder)).to(dtype)
-    start = "model.encoder."
+    encoder, start = empty_encoder(folder).to(dtype), "model.encoder."
     heard = ((k.removeprefix(start), t) for k, t in stored_tensors(folder) if k.startswith(start))
     load_weights(encoder, heard, path)
-    return encoder, WhisperFeatureExtractor.from_pretrained(folder)
+    return encoder, load_extractor(folder, encoder)
+
+
+def empty_encoder(folder):
+    """Whisper's encoder as a folder's config.json describes it, without weights. Raises BadInput if it is broken."""
+    config = read_json(folder / "config.json")
+    if config.get("model_type") != "whisper":
+        raise BadInput(f"{folder}: not a Whisper model")
+    check_sizes(config, folder / "config.json")
+    try:
+        with no_init_weights():
+            return WhisperEncoder(WhisperConfig.from_pretrained(folder))
+    except UNLOADABLE as error:
+        raise BadInput(f"{folder / 'config.json'}: does not describe a Whisper: {one_line(error, 300)}") from None
+
+
+def load_extractor(folder, encoder):
+    """The mel front end of a folder's Whisper: all of them have the same one, but for the number of bins.
+
+    Raises BadInput if its preprocessor_config.json is broken or says otherwise.
+    """
+    extractor, path = WhisperFeatureExtractor(feature_size=encoder.config.num_mel_bins), folder / PREPROCESSOR
+    own = {key: getattr(extractor, key) for key in ("feature_size", "sampling_rate", "hop_length", "n_fft")}
+    other = differences(read_json(path), own)
+    if other:
+        raise BadInput(f"{path}: not Whisper's: {one_line(other, 200)}")
+    return extractor
 
 
 # ---- runs on disk --------------------------------------------------------------------------------------------------
@@ -475,18 +543,37 @@ def about_run(path):
     Raises BadInput if it is neither, or broken.
     """
     path = Path(path)
-    try:
-        about = json.loads((path / "ollm.json").read_text())
-        assert {"settings", "base", "training"} <= set(about)
+    if os.path.lexists(path / "ollm.json"):
+        about = read_json(path / "ollm.json")
+        check_about(about, path / "ollm.json")
         return about
-    except FileNotFoundError:
-        on_hub = not path.exists() and len(path.parts) == 2 and not path.is_absolute()
-        config = path / "config.json"
-        if on_hub or config.exists() and str(read_json(config).get("model_type")).startswith("internvl"):
-            return {"settings": None, "base": None, "training": {"stage": "vision-text", "alpha": 0.0, "seed": 0}}
-        raise BadInput(f"{path}: not a finished run (it has no ollm.json)") from None
-    except (OSError, ValueError, AssertionError, TypeError) as error:
-        raise BadInput(f"{path / 'ollm.json'}: broken: {error or 'keys are missing'}") from None
+    on_hub = not os.path.exists(path) and len(path.parts) == 2 and not path.is_absolute()
+    config = path / "config.json"
+    if on_hub or os.path.exists(config) and str(read_json(config).get("model_type")).startswith("internvl"):
+        return {"settings": None, "base": None, "training": {"stage": "vision-text", "alpha": 0.0, "seed": 0}}
+    raise BadInput(f"{path}: not a finished run (it has no ollm.json)")
+
+
+def check_about(about, where):
+    """Raises BadInput unless a run's ollm.json has what is read of it, in the types that `save_run` gave it."""
+    settings, base, training = about.get("settings"), about.get("base", 0), about.get("training")
+
+    def has(place, kind, *keys):
+        """Whether all of the keys have values of this type."""
+        return isinstance(place, dict) and all(type(place.get(key)) in kind for key in keys)
+
+    right = {
+        "settings": has(settings, (str,), "system", "instruction")
+        and has(settings, (int,), "image_size", "tokens_per_tile", "max_tiles") and settings["max_tiles"] > 0
+        and has({"audio_seconds": 0, **settings}, (int, float), "audio_seconds")
+        and 0 <= settings.get("audio_seconds", 0) <= MAX_SECONDS,
+        "base": base is None or has(about, (str,), "base", "base_fingerprint"),
+        "training": has(training, (str,), "stage") and has(training, (int,), "seed")
+        and has(training, (int, float), "alpha") and 0 <= training["alpha"] <= 1,
+    }
+    for key in right:
+        if not right[key]:
+            raise BadInput(f"{where}: broken: {key!r} is missing, or has not the values that a run has there")
 
 
 def base_of(path):
@@ -512,15 +599,19 @@ def load_run(path):
             raise BadInput(f"{path}: model.safetensors or config.json is not what was saved there. It is broken; or if "
                            'you have changed it yourself, delete "fingerprint" from ollm.json')
         lvlm, tokenizer = load_lvlm(base), load_tokenizer(fetch(base))
-        settings = about["settings"] or lvlm_settings(lvlm)
+        own, settings = lvlm_settings(lvlm), about["settings"]
+        other = differences(settings or own, {key: own[key] for key in ("image_size", "tokens_per_tile")})
+        if other:
+            raise BadInput(f"{path}/ollm.json: the settings are not for this LVLM: {one_line(other, 200)}")
+        if max(tokenizer.get_vocab().values()) >= len(lvlm.get_input_embeddings().weight):
+            raise BadInput(f"{base}: the tokenizer has more tokens than the LVLM")
         if base == path:
-            return OLLM(lvlm, tokenizer, settings)
+            return OLLM(lvlm, tokenizer, settings or own)
         folder = Path(path)
-        with no_init_weights():
-            encoder = WhisperEncoder(WhisperConfig.from_pretrained(folder))
-        ollm = OLLM(lvlm, tokenizer, settings, encoder, WhisperFeatureExtractor.from_pretrained(folder))
+        encoder = empty_encoder(folder)
+        ollm = OLLM(lvlm, tokenizer, settings, encoder, load_extractor(folder, encoder))
         listening = nn.ModuleDict({"audio_encoder": ollm.audio_encoder, "projector": ollm.projector})
         load_weights(listening, stored_tensors(folder), folder)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise BadInput(f"{path}: the run does not load: {' '.join(str(error).split())[:300]}") from None
+    except UNLOADABLE as error:
+        raise BadInput(f"{path}: the run does not load: {one_line(error, 300)}") from None
     return ollm

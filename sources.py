@@ -15,6 +15,7 @@ on where it stopped, and leaves the same bytes.
 import csv
 import functools
 import json
+import math
 import os
 import random
 import re
@@ -60,7 +61,7 @@ def llava_task(row, images):
         raise BadInput("the question has coordinates, which nobody would say aloud")
     if len(question) > LONGEST_QUESTION:
         raise BadInput(f"the question has more than {LONGEST_QUESTION} characters")
-    if Path(image).is_absolute() or ".." in Path(image).parts or not (images / image).is_file():
+    if Path(image).is_absolute() or ".." in Path(image).parts or not os.path.isfile(images / image):
         raise BadInput(f"the picture is missing: {image}")
     return question, answer, images / image
 
@@ -138,7 +139,7 @@ def take_clip(task, folder):
     try:
         if not transcript.strip():
             raise BadInput("the transcript is empty")
-        if not kept.exists():
+        if not os.path.exists(kept):
             data.save_flac(kept, data.load_audio(path, *stretch))
     except BadInput as error:
         return {"id": name, "skipped": f"the recording cannot be used: {error}"}
@@ -172,9 +173,13 @@ def manifest_tasks(args):
     for i, (where, row) in enumerate(table(args.manifest, ("audio", "text"))):
         try:
             stretch = float(row.get("start") or 0), float(row["seconds"]) if row.get("seconds") else None
-        except (TypeError, ValueError):
+        except (OverflowError, TypeError, ValueError):
             raise BadInput(f"{where}: start and seconds must be numbers") from None
+        if not all(0 <= number < math.inf for number in stretch if number is not None):
+            raise BadInput(f"{where}: start and seconds must be numbers from 0 on")
         name = str(row.get("id") or f"{i:08}").replace("/", "_")
+        if len(name.encode()) > 200 or "\0" in name:
+            raise BadInput(f"{where}: the id {name!r:.50} cannot be the name of a file")
         yield name, Path(args.root) / row["audio"], row["text"], *stretch
 
 
@@ -186,7 +191,7 @@ def table(path, columns):
             if lacking:
                 raise BadInput(f"{where}: has no {' and no '.join(lacking)}")
             yield where, row
-    except OSError as error:
+    except (OSError, csv.Error) as error:
         raise BadInput(f"{path}: cannot be read: {error}") from None
 
 
@@ -226,9 +231,7 @@ def write(folder, results):
 
 def make_llava(args):
     """LLaVA's instruction pairs: the first question of a dialogue about one picture, spoken, and its answer."""
-    rows, usable, results = data.read_json(args.annotations), [], []
-    if not isinstance(rows, list):
-        raise BadInput(f"{args.annotations}: not a list of dialogues")
+    rows, usable, results = data.read_json(args.annotations, list), [], []
     for number, row in enumerate(rows):
         try:
             usable.append((f"{number:06}", *llava_task(row, Path(args.images))))

@@ -335,8 +335,12 @@ def parse_arguments():
         parser.error(f"the preset {args.preset} has no stage {args.stage}: its LVLM comes trained")
     if not 0 <= args.alpha <= 1:
         parser.error(f"--alpha is a weight between 0 and 1, not {args.alpha}")
-    if args.temperature <= 0:
-        parser.error(f"--temperature must be above 0, not {args.temperature}")
+    for name in ("temperature", "lr"):
+        value = getattr(args, name)
+        if value is not None and not 0 < value < math.inf:
+            parser.error(f"--{name} must be above 0, not {value}")
+    if abs(args.seed) >= 2**62:  # torch takes 64 bits, of the seed and what is added to it
+        parser.error(f"--seed must be smaller than 2^62, not {args.seed}")
     if args.audio_seconds is not None and not 0 < args.audio_seconds <= data.MAX_SECONDS:
         parser.error(f"--audio-seconds is between 0 and {data.MAX_SECONDS}, not {args.audio_seconds}")
     return args

@@ -175,8 +175,8 @@ def test_greedy_generation_equals_the_native_model_s():
 def runs(tmp_path_factory):
     """A base run and an audio run on it, with random weights."""
     folder, ollm = tmp_path_factory.mktemp("runs"), build_ollm(torch.float32)
-    model.save_run(ollm, folder / "base", {"stage": "vision-text"})
-    model.save_run(ollm, folder / "audio", {"stage": "audio-text"}, base=folder / "base")
+    model.save_run(ollm, folder / "base", {"stage": "vision-text", "alpha": 0.0, "seed": 0})
+    model.save_run(ollm, folder / "audio", {"stage": "audio-text", "alpha": 0.0, "seed": 0}, base=folder / "base")
     return folder, ollm
 
 
@@ -197,11 +197,11 @@ def test_runs_can_be_moved_together(runs, tmp_path):
 @pytest.mark.parametrize("spoil, message", [
     (lambda f: (f / "base/model.safetensors").write_bytes(b"x" * 99), "another base"),
     (lambda f: (f / "audio/model.safetensors").write_bytes((f / "audio/model.safetensors").read_bytes()[:5000]),
-     "cannot be read"),
-    (lambda f: (f / "audio/ollm.json").write_text("{"), "broken"),
+     "not what was saved"),
+    (lambda f: (f / "audio/ollm.json").write_text("{"), "not JSON"),
     (lambda f: (f / "audio/ollm.json").unlink(), "not a finished run"),
     (lambda f: (f / "audio/config.json").write_text(json.dumps(
-        json.loads((f / "audio/config.json").read_text()) | {"d_model": 64})), "has the shape"),
+        json.loads((f / "audio/config.json").read_text()) | {"d_model": 64})), "not what was saved"),
 ])
 def test_a_run_that_does_not_fit_is_refused_in_one_line(runs, tmp_path, spoil, message):
     shutil.copytree(runs[0], tmp_path / "spoilt")
