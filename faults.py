@@ -66,7 +66,7 @@ def readable_errors():
         sys.exit(128 + signal.SIGINT)
 
 
-def one_line(error, most=500):
+def one_line(error, most=1000):
     """An error's message without line breaks, cut to `most` characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= most else f"{text[:most]} ..."

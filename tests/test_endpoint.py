@@ -122,4 +122,4 @@ def test_a_server_s_model_stands_in_the_table_and_goes_on_after_a_failure(server
     done = run_here(*command, cwd=tmp_path)
     assert done.returncode == 0 and "some/omni, audio" in done.stdout and "CQA^H" in done.stdout, done.stderr
     assert len(seen) == 5 + 4 + 6, "MME's second batch and ChartQA's three rows, each in writing and aloud"
-    assert len(list((tmp_path / "runs/endpoint/some-omni/predictions").iterdir())) == 2
+    assert len(list((tmp_path / "runs/endpoint/some-omni/predictions").glob("*.jsonl"))) == 2

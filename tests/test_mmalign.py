@@ -213,7 +213,7 @@ def test_mms_can_speak_it(aro, tmp_path):
     ({"n": 5}, "--n must be even"),
     ({"n": 0}, "must be at least 1"),
     ({"relation": "nowhere.json"}, "nowhere.json: cannot be read"),
-    ({"attribution": "object.json"}, "object.json: not a list of rows"),
+    ({"attribution": "object.json"}, "object.json: should hold a JSON list"),
     ({"images": "nowhere"}, "0 rows can be used, 6 are needed; the others: 12 x the picture is missing"),
     ({"tts": "parrot"}, "invalid choice"),
 ])
