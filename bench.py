@@ -40,6 +40,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 import data
 import model
+import pretrained
 import train
 from data import AUDIO_SLOT, IGNORE
 from loss import self_kd_loss
@@ -160,8 +161,8 @@ def build(size, share, device):
                           (whisper, "encoder_layers")):
             part[key] = max(1, round(part[key] * share))
         image_token = tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")  # any ids will do: they are only looked up
-        lvlm = InternVLForConditionalGeneration(model.native_config(about, image_token))
-        settings = {**model.lvlm_settings(lvlm), "system": " ".join(["picture"] * SYSTEM_TOKENS)}
+        lvlm = InternVLForConditionalGeneration(pretrained.native_config(about, image_token))
+        settings = {**pretrained.lvlm_settings(lvlm), "system": " ".join(["picture"] * SYSTEM_TOKENS)}
         listening = WhisperEncoder(WhisperConfig(**whisper)), WhisperFeatureExtractor(feature_size=128)
     ollm = model.OLLM(lvlm, tokenizer, settings, *listening)
     ollm.train_only("vision-audio")

@@ -62,13 +62,15 @@ def readable_errors():
         sys.exit(f"error: another process of this job failed, and says why, or was killed ({one_line(error, 100)})")
     except KeyboardInterrupt as error:
         if os.environ.get("RANK", "0") == "0":  # one of torchrun's processes speaks for all
-            print(f"interrupted{f': {error}' if error.args else ''}; the same command goes on from here", file=sys.stderr)
+            where = f": {error}" if error.args else ""
+            print(f"interrupted{where}; the same command goes on from here", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
 
 
 def one_line(error, most=1000):
     """An error's message without line breaks, cut to `most` characters."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = re.sub(r"(?s)^Caught BadInput in DataLoader.*BadInput: ", "", str(error))  # torch puts a traceback before it
+    text = " ".join(text.split()) or type(error).__name__
     return text if len(text) <= most else f"{text[:most]} ..."
 
 

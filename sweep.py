@@ -9,6 +9,7 @@ Points are means over seeds, error bars standard deviations, small dots the seed
 """
 
 import argparse
+import re
 import statistics
 from pathlib import Path
 
@@ -19,7 +20,7 @@ import model
 import shapes
 from faults import BadInput
 
-BARS = {"text": "in writing", "base": "", "aligned": "spoken,\nafter alignment", "SFT": "spoken,\nSFT",
+BARS = {"text": "in writing", "aligned": "spoken,\nafter alignment", "SFT": "spoken,\nSFT",
         "KD 0.75": "spoken,\nSelf-KD"}  # of the story, from left to right
 
 
@@ -65,8 +66,7 @@ def draw_story(scores, path):
     """Text, then speech after each step of training, as bars."""
     figure, axes = blank(6, 3.2)
     bars = {BARS["text"]: [m["text"] for m in scores["base"].values()]} if "base" in scores else {}
-    bars |= {label: [m["audio"] for m in scores[name].values()] for name, label in BARS.items()
-             if label and name in scores}
+    bars |= {label: [m["audio"] for m in scores[name].values()] for name, label in BARS.items() if name in scores}
     for i, (label, values) in enumerate(bars.items()):
         mean = statistics.fmean(values)
         axes.bar(i, mean, 0.6, yerr=deviation(values), capsize=4, color=eval.COLORS[i])
@@ -79,8 +79,9 @@ def draw_story(scores, path):
 
 
 def alpha_of(name):
-    """The alpha of a run's name in a table, None for a stage that has none."""
-    return 0.0 if name == "SFT" else float(name.removeprefix("KD ")) if name.startswith("KD ") else None
+    """The alpha of a run's name in a table; None for a stage that has none."""
+    known = re.fullmatch(r"SFT|KD ([\d.]+)", name)
+    return known and float(known[1] or 0)
 
 
 def deviation(values):

@@ -36,6 +36,7 @@ from tqdm import tqdm
 import data
 import faults
 import model
+import pretrained
 from data import IGNORE
 from faults import CHECKPOINT, BadInput
 
@@ -196,7 +197,7 @@ def start_model(stage, init, whisper, seed):
     else:
         ollm, base = model.load_run(init), model.base_of(init)
     if stage == "audio-text" and ollm.audio_encoder is None:
-        listening = model.load_audio_encoder(whisper) if whisper else model.build_audio_encoder()
+        listening = pretrained.load_audio_encoder(whisper) if whisper else model.build_audio_encoder()
         ollm = model.OLLM(ollm.lvlm, ollm.tokenizer, ollm.settings, *listening)
     if stage == "vision-audio" and ollm.audio_encoder is None:
         raise BadInput(f"{init}: has no audio encoder; the stage vision-audio starts from an audio-text run")

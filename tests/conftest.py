@@ -47,7 +47,7 @@ def run_script(*arguments, cwd, processes=0, timeout=170, largest_file=None):
 
 
 def run_here(script, *arguments, cwd):
-    """The same as run_script for train.py, eval.py and mmalign.py, in this process: no seconds for starting one."""
+    """The same as run_script in this process, as long as it is one: no seconds for starting it."""
     out, errors, code = io.StringIO(), io.StringIO(), 0
     argv, sys.argv = sys.argv, [script, *map(str, arguments)]
     try:

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from conftest import run_script
+from conftest import run_here, run_script
 
 import bench
 
@@ -44,5 +44,5 @@ def test_the_floor_is_what_a_step_without_attention_s_recomputation_takes(tiles)
 
 @pytest.mark.parametrize("arguments, message", [(["--layers", "0"], "above 0"), (["--seconds", "31"], "up to 30")])
 def test_what_cannot_be_timed_is_refused(tmp_path, arguments, message):
-    done = run_script("bench.py", *arguments, cwd=tmp_path)
+    done = run_here("bench.py", *arguments, cwd=tmp_path)
     assert done.returncode == 2 and message in done.stderr

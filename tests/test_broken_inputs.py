@@ -36,6 +36,7 @@ from safetensors.torch import load_file, save_file
 import data
 import faults
 import model
+import pretrained
 import train
 
 SETTINGS = {"image_size": 64, "max_tiles": 3}
@@ -576,7 +577,7 @@ def test_original_models(place, most):
     rng = random.Random(7)
     for folder, files, command in (
             ("internvl2", ("config.json", "tokenizer_config.json", "vocab.json"), lambda: use("internvl2", "part")),
-            ("whisper", ("config.json", "preprocessor_config.json"), lambda: model.load_audio_encoder("whisper"))):
+            ("whisper", ("config.json", "preprocessor_config.json"), lambda: pretrained.load_audio_encoder("whisper"))):
         cases, path = [], place / folder / "model.safetensors"
         for name, content in spoilt_weights(path, rng):  # a bit of the data may be wrong: nothing says what is right
             named = name.startswith("bit") or name.startswith("has") or name == "lacks one"  # or the decoder's
@@ -597,7 +598,7 @@ def test_original_models(place, most):
                 {"weight_map": {"a": "none.safetensors"}}, {"weight_map": {}})]
         config = json.loads((place / folder / "config.json").read_text())
         cases += [(f"{folder}: {path} {value}", place / folder / "config.json", changed(config, path, value), (folder,),
-                   "refused") for path in leaves(config) if path[-1] in model.LARGEST
+                   "refused") for path in leaves(config) if path[-1] in pretrained.LARGEST
                   for value in (0, -1, 10**9, "7", None)]
         run_cases(folder, cases, command, place, [place], most)
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import build_ollm, run_script
+from conftest import build_ollm, run_here
 from PIL import Image
 
 import data
@@ -26,7 +26,7 @@ def digest(folder):
 
 
 def make(folder, seed=3, n=100):
-    return run_script("data.py", "shapes", "--seed", seed, "--out", folder, "--scenes", 12, "--clips", 40, "--n", n,
+    return run_here("data.py", "shapes", "--seed", seed, "--out", folder, "--scenes", 12, "--clips", 40, "--n", n,
                       "--test", 32, cwd=folder.parent)
 
 
@@ -181,14 +181,14 @@ def test_a_broken_file_is_named_with_its_line(folder, spoil):
 
 def test_an_unwritable_place_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
-    made = run_script("data.py", "shapes", "--out", tmp_path / "file" / "world", cwd=tmp_path)
+    made = run_here("data.py", "shapes", "--out", tmp_path / "file" / "world", cwd=tmp_path)
     assert made.returncode == 1 and made.stderr.startswith("error: ") and made.stderr.count("\n") == 1
 
 
 def test_unknown_values_are_refused(tmp_path):
     for arguments in (["shapes", "--label-noise", "2"], ["shapes", "--parts", "none"], ["speak", ""],
                       ["speak", "red", "--voice", "martian"], ["tea"]):
-        made = run_script("data.py", *arguments, cwd=tmp_path)
+        made = run_here("data.py", *arguments, cwd=tmp_path)
         assert made.returncode != 0 and "Traceback" not in made.stderr and made.stderr.strip(), arguments
     assert not list(tmp_path.iterdir()), "nothing half-made is left"
 

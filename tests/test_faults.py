@@ -1,6 +1,7 @@
 """Nothing lost: locks, signals, dead processes, full disks, and runs that go on with another number of processes."""
 
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -247,3 +248,29 @@ def test_a_worker_that_is_killed_is_an_error_and_no_hang(tmp_path):
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and done.stderr.startswith("error: a worker process was killed")
     assert done.stderr.count("\n") == 1
+
+
+class Spoilt(torch.utils.data.Dataset):
+    """Data whose reading fails as told."""
+
+    def __init__(self, fail):
+        self.fail = fail
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        self.fail()
+
+
+def refuse():
+    raise BadInput("samples.jsonl:3: the image is broken")
+
+
+@pytest.mark.parametrize("fail, message", [(refuse, "error: samples.jsonl:3: the image is broken"),
+                                           (functools.partial(os._exit, 1), "error: another process of this job")])
+def test_what_goes_wrong_where_data_is_read_ahead_is_one_line(fail, message):
+    loader = torch.utils.data.DataLoader(Spoilt(fail), batch_size=None, num_workers=1)
+    with pytest.raises(SystemExit) as exit, faults.readable_errors():
+        list(loader)
+    assert str(exit.value).startswith(message) and "\n" not in str(exit.value)

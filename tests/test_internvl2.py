@@ -27,6 +27,7 @@ from transformers import WhisperForConditionalGeneration
 
 import data
 import model
+import pretrained
 from data import BadInput
 
 TINY = FIXTURES / "internvl2_tiny_a"
@@ -35,7 +36,7 @@ TINY = FIXTURES / "internvl2_tiny_a"
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_logits_and_greedy_tokens_are_the_original_codes(attention):
     reference = load_file(TINY / "reference.safetensors")
-    lvlm = model.load_lvlm(TINY, image_token_id=int(reference["img_context_token_id"]))
+    lvlm = pretrained.load_lvlm(TINY, image_token_id=int(reference["img_context_token_id"]))
     lvlm.set_attn_implementation(attention)
     real = reference["attention_mask"] == 1
     with torch.no_grad():
@@ -80,7 +81,7 @@ def spoilt(tmp_path, change=None, **config):
 ])
 def test_what_does_not_fit_or_is_not_supported_is_named_in_one_line(tmp_path, change, config, message):
     with pytest.raises(BadInput, match=message) as error:
-        model.load_lvlm(spoilt(tmp_path, change, **config), image_token_id=193)
+        pretrained.load_lvlm(spoilt(tmp_path, change, **config), image_token_id=193)
     assert "\n" not in str(error.value)
 
 
@@ -95,14 +96,14 @@ def test_shards_and_the_old_tie_flag_load_the_same(tmp_path):
         save_file({name: tensors[name] for name in names[part::2]}, folder / file)
         weight_map |= dict.fromkeys(names[part::2], file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    sharded, whole = model.load_lvlm(folder, 193).state_dict(), model.load_lvlm(TINY, 193).state_dict()
+    sharded, whole = pretrained.load_lvlm(folder, 193).state_dict(), pretrained.load_lvlm(TINY, 193).state_dict()
     assert all(torch.equal(sharded[key], whole[key]) for key in whole) and sharded.keys() == whole.keys()
     assert not torch.equal(whole["lm_head.weight"], whole["model.language_model.embed_tokens.weight"])
 
 
 def test_a_hub_that_does_not_answer_is_one_line_that_says_what_to_do():
     with pytest.raises(BadInput, match="hf download OpenGVLab/InternVL2-1B") as error:
-        model.load_lvlm("OpenGVLab/InternVL2-1B")
+        pretrained.load_lvlm("OpenGVLab/InternVL2-1B")
     assert "\n" not in str(error.value)
 
 
@@ -144,7 +145,7 @@ def prompt_references():
 
 def our_prompt(tokenizer, question, tiles, answer, tokens_per_tile):
     """(ids, labels) as `collate` makes them, prefix and suffix joined."""
-    settings = {"system": model.SYSTEM_MESSAGE, "tokens_per_tile": tokens_per_tile}
+    settings = {"system": pretrained.SYSTEM_MESSAGE, "tokens_per_tile": tokens_per_tile}
     sample = {"id": "0", "question": question, "answer": answer or ""}
     if tiles:
         sample["pixels"] = torch.zeros(tiles[0], 1, 1, 1)
@@ -157,7 +158,7 @@ def test_prompts_have_the_original_codes_ids():
     folder = os.environ.get("INTERNVL2_1B")
     if not folder:
         pytest.skip("set INTERNVL2_1B to a folder with the tokenizer of OpenGVLab/InternVL2-1B")
-    tokenizer = model.load_tokenizer(Path(folder))
+    tokenizer = pretrained.load_tokenizer(Path(folder))
     for name, question, tiles, answer, expected in prompt_references():
         expected = [i for entry in expected
                     for i in ([entry["id"]] * entry["repeat"] if isinstance(entry, dict) else [entry])]
@@ -167,7 +168,7 @@ def test_prompts_have_the_original_codes_ids():
 
 
 def test_prompts_with_a_tiny_tokenizer_of_the_same_special_tokens(tmp_path):
-    tokenizer = model.load_tokenizer(build_internvl2(tmp_path))
+    tokenizer = pretrained.load_tokenizer(build_internvl2(tmp_path))
     ids, labels = our_prompt(tokenizer, "What is this?", [2], "A red panda.", tokens_per_tile=4)
     text = tokenizer.decode(ids)
     assert text.startswith("<|im_start|>system\n") and "<|im_end|><|im_start|>user\n<img><IMG_CONTEXT>" in text
@@ -182,7 +183,7 @@ def test_prompts_with_a_tiny_tokenizer_of_the_same_special_tokens(tmp_path):
 def test_hearing_thirty_seconds_is_plain_whisper(tmp_path):
     """With --audio-seconds 30 the encoder gives what transformers' own gives, pooled and projected."""
     folder = build_whisper(tmp_path / "whisper")
-    encoder, extractor = model.load_audio_encoder(folder)
+    encoder, extractor = pretrained.load_audio_encoder(folder)
     ollm = model.OLLM(*model.build_lvlm(), encoder.eval(), extractor)
     wave, _ = data.speak("what color is the circle")
     whisper = WhisperForConditionalGeneration.from_pretrained(folder).model.encoder.eval()
@@ -196,12 +197,12 @@ def test_hearing_thirty_seconds_is_plain_whisper(tmp_path):
 
 def test_only_a_whisper_is_taken_for_one(tmp_path):
     with pytest.raises(BadInput, match="not a Whisper"):
-        model.load_audio_encoder(TINY)
+        pretrained.load_audio_encoder(TINY)
     folder = build_whisper(tmp_path / "whisper")
     tensors = load_file(folder / "model.safetensors")
     save_file({k: v for k, v in tensors.items() if "encoder.layers.1" not in k}, folder / "model.safetensors")
     with pytest.raises(BadInput, match="missing"):
-        model.load_audio_encoder(folder)
+        pretrained.load_audio_encoder(folder)
 
 
 # ---- the preset ----
@@ -224,10 +225,10 @@ def test_the_preset_aligns_trains_and_answers_from_original_checkpoints(world, t
     run = tmp_path / "runs/internvl2-1b/vision-audio-a0.75-s0"
     about, before, after = model.about_run(run), model.load_run(aligned), model.load_run(run)
     assert about["settings"]["max_tiles"] == 3 and about["settings"]["audio_seconds"] == 4
-    assert about["settings"]["system"] == model.SYSTEM_MESSAGE and about["settings"]["tokens_per_tile"] == 4
+    assert about["settings"]["system"] == pretrained.SYSTEM_MESSAGE and about["settings"]["tokens_per_tile"] == 4
     assert model.base_of(run) == lvlm and about["training"]["lr"] == 4e-5
     assert not torch.equal(before.projector.weight, after.projector.weight)
-    for key, value in model.load_lvlm(lvlm).state_dict().items():
+    for key, value in pretrained.load_lvlm(lvlm).state_dict().items():
         assert torch.equal(value, after.lvlm.state_dict()[key]), key
     picture = world / "test/images/000000.png"
     answer = run_here("eval.py", run, "--image", picture, "--question", "What is this?", cwd=tmp_path)

@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import build_ollm, run_here, run_script
+from conftest import build_ollm, run_here
 from PIL import Image
 from test_sources import build_vits
 
@@ -77,7 +77,7 @@ def command(aro, out, n=N, **other):
 def built(aro, tmp_path_factory):
     """The prepared folder of six relations and six attributes, and what was printed when it was made."""
     folder = tmp_path_factory.mktemp("built")
-    done = run_script(*command(aro, folder / "mmalign"), cwd=folder)
+    done = run_here(*command(aro, folder / "mmalign"), cwd=folder)
     assert done.returncode == 0, done.stderr
     return folder / "mmalign", done.stdout
 
@@ -162,7 +162,7 @@ def test_what_was_interrupted_goes_on_and_leaves_the_same_bytes(aro, built, tmp_
     for path in [*sorted(cut.glob("audio/*"))[3:], *sorted(cut.glob("images/*"))[3:]]:
         path.unlink()
     kept = {path: path.stat().st_mtime_ns for path in cut.glob("*/*")}
-    again = run_script(*command(aro, cut), cwd=tmp_path)
+    again = run_here(*command(aro, cut), cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     assert contents(cut) == contents(folder) and len(kept) == 6
     assert all(path.stat().st_mtime_ns == time for path, time in kept.items()), "what was there is not made again"

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import ROOT, run_script
+from conftest import ROOT, run_here
 from PIL import Image
 from transformers import VitsConfig, VitsModel, VitsTokenizer
 
@@ -68,7 +68,7 @@ def contents(folder):
 
 
 def test_llava_rows_are_taken_cleaned_or_left_out_with_a_reason(llava, tmp_path):
-    done = run_script(*llava, "--tts", "espeak", "--out", tmp_path / "out", cwd=tmp_path)
+    done = run_here(*llava, "--tts", "espeak", "--out", tmp_path / "out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     kept, skipped = lines(tmp_path / "out/samples.jsonl"), lines(tmp_path / "out/skipped.jsonl")
     assert len(kept) == 42 and kept[0]["question"] == "What is this?" and kept[0]["answer"] == "Cat"
@@ -86,12 +86,12 @@ def test_llava_rows_are_taken_cleaned_or_left_out_with_a_reason(llava, tmp_path)
 def test_a_draw_is_seeded_and_other_arguments_are_refused(llava, tmp_path):
     for seed in (0, 1):
         out = tmp_path / str(seed)
-        done = run_script(*llava, "--tts", "espeak", "--n", 5, "--seed", seed, "--out", out, cwd=tmp_path)
+        done = run_here(*llava, "--tts", "espeak", "--n", 5, "--seed", seed, "--out", out, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         drawn = [s["id"] for name in ("samples", "skipped") for s in lines(out / f"{name}.jsonl")]
         assert len(drawn) == 5 + 8, "eight rows can't be used at first sight, five of the others are drawn"
     assert (tmp_path / "0/samples.jsonl").read_bytes() != (tmp_path / "1/samples.jsonl").read_bytes()
-    done = run_script(*llava, "--tts", "espeak", "--n", 6, "--out", tmp_path / "0", cwd=tmp_path)
+    done = run_here(*llava, "--tts", "espeak", "--n", 6, "--out", tmp_path / "0", cwd=tmp_path)
     assert done.returncode == 1 and "choose another --out" in done.stderr and done.stderr.count("\n") == 1
 
 
@@ -115,7 +115,7 @@ def build_vits(folder):
 @pytest.mark.parametrize("tts", ["espeak", "mms"])
 def test_what_was_interrupted_goes_on_and_leaves_the_same_bytes(llava, tmp_path, tts):
     command = [*llava, "--tts", tts, "--voice", build_vits(tmp_path / "voice")]
-    whole = run_script(*command, "--out", tmp_path / "whole", cwd=tmp_path)
+    whole = run_here(*command, "--out", tmp_path / "whole", cwd=tmp_path)
     assert whole.returncode == 0, whole.stderr
     out, arguments = tmp_path / "cut", [str(a) for a in command[1:]]
     process = subprocess.Popen([sys.executable, ROOT / "data.py", *arguments, "--out", out], cwd=tmp_path,
@@ -127,7 +127,7 @@ def test_what_was_interrupted_goes_on_and_leaves_the_same_bytes(llava, tmp_path,
     (out / "samples.jsonl").unlink(missing_ok=True)  # should it have been quicker than we are
     for path in list(out.glob("audio/*.flac"))[2:]:
         path.unlink()
-    again = run_script(*command, "--out", out, cwd=tmp_path)
+    again = run_here(*command, "--out", out, cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     kept = {k: v for k, v in contents(out).items() if not k.endswith(".tmp")}
     assert kept == contents(tmp_path / "whole")
@@ -146,13 +146,13 @@ def test_librispeech(tmp_path):
     for i, seconds in enumerate((1.0, 31.0)):
         save_noise(chapter / f"84-121123-000{i}.flac", seconds, 16_000)
     (chapter / "84-121123.trans.txt").write_text("84-121123-0000 GO DO YOU HEAR\n84-121123-0001 BUT IN LESS\n")
-    done = run_script("data.py", "librispeech", "--root", tmp_path, "--split", "dev-clean", "--out", tmp_path / "out",
+    done = run_here("data.py", "librispeech", "--root", tmp_path, "--split", "dev-clean", "--out", tmp_path / "out",
                       cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     kept, skipped = lines(tmp_path / "out/samples.jsonl"), lines(tmp_path / "out/skipped.jsonl")
     assert kept == [{"id": "84-121123-0000", "audio": "audio/84-121123-0000.flac", "answer": "go do you hear"}]
     assert skipped[0]["id"] == "84-121123-0001" and "30 s" in skipped[0]["skipped"]
-    missing = run_script("data.py", "librispeech", "--root", tmp_path, "--split", "no-such", "--out", tmp_path / "b",
+    missing = run_here("data.py", "librispeech", "--root", tmp_path, "--split", "no-such", "--out", tmp_path / "b",
                          cwd=tmp_path)
     assert missing.returncode == 1 and missing.stderr.count("\n") == 1 and "no-such" in missing.stderr
 
@@ -161,7 +161,7 @@ def test_commonvoice_and_manifests(tmp_path):
     save_noise(tmp_path / "clips/common_voice_en_1.mp3", 1.0, 48_000)
     (tmp_path / "validated.tsv").write_text(
         'client_id\tpath\tsentence\tup_votes\nabc\tcommon_voice_en_1.mp3\tHe said "no".\t2\nabc\tgone.mp3\tGone.\t2\n')
-    done = run_script("data.py", "commonvoice", "--tsv", tmp_path / "validated.tsv", "--clips", tmp_path / "clips",
+    done = run_here("data.py", "commonvoice", "--tsv", tmp_path / "validated.tsv", "--clips", tmp_path / "clips",
                       "--out", tmp_path / "cv", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert lines(tmp_path / "cv/samples.jsonl") == [
@@ -172,12 +172,12 @@ def test_commonvoice_and_manifests(tmp_path):
 
     save_noise(tmp_path / "a.wav", 0.5, 8_000)
     (tmp_path / "cuts.jsonl").write_text('{"id": "x/1", "audio": "a.wav", "text": "Ünïcode"}\n{"audio": "a.wav"}\n')
-    bad = run_script("data.py", "manifest", "--manifest", tmp_path / "cuts.jsonl", "--root", tmp_path, "--out",
+    bad = run_here("data.py", "manifest", "--manifest", tmp_path / "cuts.jsonl", "--root", tmp_path, "--out",
                      tmp_path / "m", cwd=tmp_path)
     assert bad.returncode == 1 and "cuts.jsonl:2: has no text" in bad.stderr and bad.stderr.count("\n") == 1
     (tmp_path / "cuts.jsonl").write_text('{"id": "x/1", "audio": "a.wav", "text": "Ünïcode"}\n'
                                          '{"audio": "a.wav", "text": "part", "start": 0.125, "seconds": 0.25}\n')
-    good = run_script("data.py", "manifest", "--manifest", tmp_path / "cuts.jsonl", "--root", tmp_path, "--out",
+    good = run_here("data.py", "manifest", "--manifest", tmp_path / "cuts.jsonl", "--root", tmp_path, "--out",
                       tmp_path / "m", cwd=tmp_path)
     assert good.returncode == 0 and lines(tmp_path / "m/samples.jsonl")[0] == {
         "id": "x_1", "audio": "audio/x_1.flac", "answer": "Ünïcode"}
@@ -199,11 +199,11 @@ def test_what_nobody_would_say_aloud_is_left_out(said, kept):
 
 def test_prepared_folders_merge_into_one(world, tmp_path):
     one, two = world / "audio-text", world / "vision-audio"
-    done = run_script("data.py", "merge", one, two, "--out", tmp_path / "all", cwd=tmp_path)
+    done = run_here("data.py", "merge", one, two, "--out", tmp_path / "all", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     samples = data.Samples(tmp_path / "all", {"max_tiles": 1, "image_size": 64}, ("audio",))
     parts = [data.Samples(folder, samples.settings, ("audio",)) for folder in (one, two)]
     assert len(samples) == len(parts[0]) + len(parts[1]) and len({row["id"] for row in samples.rows}) == len(samples)
     assert (samples[0]["wave"] == parts[0][0]["wave"]).all() and (samples[-1]["pixels"] == parts[1][-1]["pixels"]).all()
-    again = run_script("data.py", "merge", one, one, "--out", tmp_path / "b", cwd=tmp_path)
+    again = run_here("data.py", "merge", one, one, "--out", tmp_path / "b", cwd=tmp_path)
     assert again.returncode == 1 and "one name" in again.stderr

@@ -65,6 +65,7 @@ def same_steps(a, b, rel=1e-9):
             assert x[key] == pytest.approx(y[key], rel=rel), (x["step"], key)
 
 
+@pytest.mark.slow
 def test_three_processes_compute_the_same_steps_as_one(start, world, tmp_path):
     """The last batch has one sample: two of the processes have none. (Two processes: test_faults.py.)"""
     options = ["--stage", "vision-audio", "--alpha", 0.75, "--init", start / "audio", "--data", world / "vision-audio",
@@ -93,7 +94,7 @@ def test_the_chain_makes_what_is_missing_and_reuses_it(world, tmp_path):
     runs = {path.name for path in (tmp_path / "runs/shapes").iterdir()}
     assert runs == {"data-s3", "vision-text-s3", "audio-text-s3", "vision-audio-a0.5-s3"}
     base = (tmp_path / "runs/shapes/vision-text-s3/model.safetensors").stat().st_mtime_ns
-    second = run_script("train.py", "--seed", 3, "--alpha", 0, cwd=tmp_path)
+    second = run_here("train.py", "--seed", 3, "--alpha", 0, cwd=tmp_path)
     assert second.returncode == 0 and "vision-audio-a0-s3" in second.stdout
     assert (tmp_path / "runs/shapes/vision-text-s3/model.safetensors").stat().st_mtime_ns == base
     again = run_here("train.py", "--seed", 3, "--alpha", 0, cwd=tmp_path)
@@ -101,7 +102,7 @@ def test_the_chain_makes_what_is_missing_and_reuses_it(world, tmp_path):
     same = [losses(tmp_path / f"runs/shapes/vision-audio-a{alpha}-s3")[0] for alpha in ("0.5", "0")]
     assert same[0]["ce"] == pytest.approx(same[1]["ce"], rel=1e-5), "the same start and the same first batch"
 
-    table = run_script("eval.py", "--seed", 3, "--n", 24, "--show", 2, "--cases", 3, cwd=tmp_path)
+    table = run_here("eval.py", "--seed", 3, "--n", 24, "--show", 2, "--cases", 3, cwd=tmp_path)
     assert table.returncode == 0, table.stderr
     assert all(column in table.stdout for column in (" text |", "aligned, audio", "SFT, audio", "KD 0.5, gap"))
     assert all(line in table.stdout for line in ("KD 0.5 - SFT", "transcripts exact", "wrong, names what is there"))
