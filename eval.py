@@ -424,8 +424,10 @@ def draw_bars(groups, columns, path):
 
 def run_name(about):
     """What a run is called in a table, the same for all seeds."""
-    stage, alpha = about["training"]["stage"], about["training"]["alpha"]
-    return {"vision-text": "base", "audio-text": "aligned"}.get(stage, "SFT" if alpha == 0 else f"KD {alpha:g}")
+    stage, alpha, own = (about["training"].get(key) for key in ("stage", "alpha", "on_policy"))
+    name = {"vision-text": "base", "audio-text": "aligned"}.get(stage, f"KD {alpha:g}" if alpha or own else "SFT")
+    name += f", on-policy {own:g}" if own else ""
+    return name + (", reverse" if stage == "vision-audio" and about["training"].get("divergence") == "reverse" else "")
 
 
 def mean_scores(rows, form, kinds):

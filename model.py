@@ -177,14 +177,37 @@ class OLLM(nn.Module):
         assert torch.equal(read, labels), "student and teacher must be scored on the same answer tokens"
         return student_states, teacher_states, labels
 
-    def forward(self, batch, alpha, temperature=1.0, n_tokens=None):
+    def forward(self, batch, alpha, temperature=1.0, n_tokens=None, divergence="forward"):
         """(loss, kl, ce) of the student's answers, see loss.py. The head is applied to answer positions alone."""
         student, teacher, labels = self.paired(batch, teach=alpha > 0)  # (N, D), (N, D), (N,)
-        return chunked_self_kd_loss(student, teacher, self.lvlm.lm_head, labels, alpha, temperature, n_tokens)
+        return chunked_self_kd_loss(student, teacher, self.lvlm.lm_head, labels, alpha, temperature, n_tokens,
+                                    divergence)
 
-    @torch.no_grad()
     def generate(self, prefix, suffix, heard=None, max_new_tokens=48):
         """Greedy answers as a list of strings; the suffix is padded on the left (`collate(answers=False)`)."""
+        rows, pad = self.say(prefix, suffix, heard, max_new_tokens), self.tokenizer.pad_token_id
+        return [self.tokenizer.decode(row[row != pad], skip_special_tokens=True).strip() for row in rows]
+
+    @torch.no_grad()
+    def answer_itself(self, batch, max_new_tokens=48):
+        """The batch (of `collate(answers=False)`) with the student's own greedy answers to its spoken questions.
+
+        On-policy distillation (Agarwal et al., ICLR 2024, for which the paper's training has no counterpart): both
+        forms of the question get the same answer, so that the teacher scores what the student says by itself.
+        """
+        heard = self.hear(batch["mel"], batch["n_frames"])  # (B, A, D)
+        rows = self.say(self.prefix(batch), batch["audio"], heard, max_new_tokens)  # (B, R)
+        said = rows != self.tokenizer.pad_token_id  # (B, R)
+        behind = torch.arange(1, rows.size(1) + 1, device=rows.device)  # (R,): positions after the question's last
+        forms = {form: {"ids": torch.cat([suffix["ids"], rows], 1), "mask": torch.cat([suffix["mask"], said], 1),
+                        "positions": torch.cat([suffix["positions"], suffix["positions"][:, -1:] + behind], 1),
+                        "labels": torch.cat([suffix["labels"], rows.masked_fill(~said, IGNORE)], 1)}  # (B, S + R) each
+                 for form, suffix in (("text", batch["text"]), ("audio", batch["audio"]))}
+        return {**batch, **forms}
+
+    @torch.no_grad()
+    def say(self, prefix, suffix, heard=None, max_new_tokens=48):
+        """Greedy answers as token ids (B, R), each with its end mark, and padded behind it; R <= max_new_tokens."""
         stop, pad = self.tokenizer.convert_tokens_to_ids("<|im_end|>"), self.tokenizer.pad_token_id
         rows = torch.zeros(len(suffix["ids"]), 0, dtype=torch.long, device=suffix["ids"].device)  # (B, new tokens)
         done = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)  # (B,)
@@ -198,7 +221,7 @@ class OLLM(nn.Module):
             suffix = {"ids": token[:, None], "mask": torch.ones_like(token[:, None], dtype=torch.bool),
                       "positions": torch.zeros_like(token[:, None])}
             prefix, heard = (cache, mask), None
-        return [self.tokenizer.decode(row[row != pad], skip_special_tokens=True).strip() for row in rows]
+        return rows
 
 
 def keys_and_values(layer, x, rotation, cache):

@@ -91,23 +91,19 @@ def deal(order, step, global_batch, micro_batch, length, rank, world):
 class Steps(torch.utils.data.Dataset):
     """The epoch as an indexable list of steps, each a list of this rank's collated micro-batches."""
 
-    def __init__(self, samples, collate, seed, global_batch, micro_batch, rank, world):
-        self.samples, self.collate, self.order = samples, collate, epoch_order(samples.rows, seed)
-        self.global_batch, self.micro_batch, self.rank, self.world = global_batch, micro_batch, rank, world
+    def __init__(self, samples, collate, training, micro_batch, rank, world):
+        self.samples, self.collate, self.training = samples, collate, training
+        self.micro_batch, self.rank, self.world = micro_batch, rank, world
+        self.order, self.global_batch = epoch_order(samples.rows, training["seed"]), training["global_batch"]
 
     def __len__(self):
         return math.ceil(len(self.order) / self.global_batch)
 
     def __getitem__(self, step):
-        micro_batches = []
-        for chunk in deal(self.order, step, self.global_batch, self.micro_batch, self.samples.length, self.rank,
-                          self.world):
-            batch = self.collate([self.samples[i] for i, _ in chunk])
-            if chunk[0][1] == 0:  # an idle rank's stand-in is not learnt from
-                for suffix in (batch["text"], batch["audio"]):
-                    suffix and suffix["labels"].fill_(IGNORE)
-            micro_batches.append(batch)
-        return micro_batches
+        own = random.Random(f"{self.training['seed']}/{step}").random() < self.training["on_policy"]
+        chunks = deal(self.order, step, self.global_batch, self.micro_batch, self.samples.length, self.rank, self.world)
+        return [{**self.collate([self.samples[i] for i, _ in chunk], answers=not own),
+                 "own": own, "idle": chunk[0][1] == 0} for chunk in chunks]
 
     def ids(self, step):
         """The ids of the samples that all ranks together learn from in a step."""
@@ -141,13 +137,26 @@ def wait_for_all(world):
         dist.barrier()
 
 
-def train_step(ollm, micro_batches, alpha, temperature, device, world):
+def answered(ollm, batch, device):
+    """A micro-batch with the answers to be learnt: the data's, the student's own, or for an idle rank none."""
+    if batch["own"]:
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            batch = ollm.answer_itself(to(batch, device))
+    for suffix in (batch["text"], batch["audio"]) if batch["idle"] else ():
+        suffix and suffix["labels"].fill_(IGNORE)
+    return batch
+
+
+def train_step(ollm, micro_batches, training, device, world):
     """Forward and backward over this rank's micro-batches; returns its share of the global batch's [loss, kl, ce].
 
     Every answer token of the global batch counts alike: local sums are divided by the global count, and multiplied by
     the number of processes because DistributedDataParallel averages gradients over them. On a GPU the matrix products
-    are in bfloat16; weights, their updates and the loss stay in float32.
+    are in bfloat16; weights, their updates and the loss stay in float32. Of the student's own answers nothing but the
+    teacher can say how good they are: their loss is the KL alone.
     """
+    alpha = 1.0 if micro_batches[0]["own"] else training["alpha"]
+    micro_batches = [answered(getattr(ollm, "module", ollm), batch, device) for batch in micro_batches]
     labels = [model.asked(batch)["labels"] for batch in micro_batches]
     n_tokens, = total([float(sum((of_batch != IGNORE).sum() for of_batch in labels))], device)
     sums = [0.0, 0.0, 0.0]
@@ -155,7 +164,7 @@ def train_step(ollm, micro_batches, alpha, temperature, device, world):
         last = i == len(micro_batches) - 1  # gradients are averaged over the processes once a step
         with contextlib.nullcontext() if last or world == 1 else ollm.no_sync():
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                terms = ollm(to(batch, device), alpha, temperature, n_tokens)
+                terms = ollm(to(batch, device), alpha, training["temperature"], n_tokens, training["divergence"])
             (terms[0] * world).backward()
         sums = [s + term.item() for s, term in zip(sums, terms)]
     return sums
@@ -181,9 +190,12 @@ def set_up_processes(device):
     return rank, world, torch.device(device)
 
 
-def run_folder(preset, stage, alpha, seed):
+def run_folder(preset, stage, alpha, seed, on_policy=0.0, divergence="forward"):
     """Where a stage's run lies by default."""
-    return Path("runs") / preset / (f"{stage}-a{alpha:g}-s{seed}" if stage == "vision-audio" else f"{stage}-s{seed}")
+    variant = f"-a{alpha:g}" if stage == "vision-audio" else ""
+    if stage == "vision-audio":
+        variant += (f"-p{on_policy:g}" if on_policy else "") + ("-reverse" if divergence == "reverse" else "")
+    return Path("runs") / preset / f"{stage}{variant}-s{seed}"
 
 
 def start_model(stage, init, whisper, seed):
@@ -230,7 +242,7 @@ def epoch_of(training, ollm, micro_batch, rank, world):
         spread = training["seed"]
     collate = functools.partial(data.collate, tokenizer=ollm.tokenizer, mel_extractor=ollm.mel_extractor,
                                 settings=ollm.settings, stretch_seed=spread)
-    return Steps(samples, collate, training["seed"], training["global_batch"], micro_batch, rank, world)
+    return Steps(samples, collate, training, micro_batch, rank, world)
 
 
 def contents(training, samples):
@@ -250,7 +262,7 @@ def train_stage(args, training, out, chosen, processes):
     chosen     {"micro_batch", "save_every", "whisper"}
     processes  (rank, world, device)
     """
-    (rank, world, device), stage, alpha, lr = processes, training["stage"], training["alpha"], training["lr"]
+    (rank, world, device), stage, lr = processes, training["stage"], training["lr"]
     ollm, base = prepare_model(args, stage, training["init"], chosen["whisper"], device)
     steps = epoch_of(training, ollm, chosen["micro_batch"], rank, world)
     n_steps = min(len(steps), training["max_steps"] or len(steps))
@@ -277,7 +289,7 @@ def train_stage(args, training, out, chosen, processes):
             torch.manual_seed(args.seed + 1_000_003 * step + rank)  # for whoever adds dropout; so far nothing is drawn
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, len(steps), lr)
-            terms = train_step(wrapped, micro_batches, alpha, args.temperature, device, world)
+            terms = train_step(wrapped, micro_batches, training, device, world)
             loss, kl, ce, stop = total([*terms, float(len(received))], device)  # a signal to one process stops all
             norm = checked_norm(trained, loss, f"step {step}, samples {', '.join(steps.ids(step))}")
             optimizer.step()
@@ -312,6 +324,10 @@ def parse_arguments():
     parser.add_argument("--stage", choices=STAGES, default="vision-audio", help="what to train; what it needs is made")
     parser.add_argument("--alpha", type=float, default=0.75, help="weight of the KL; 0 is SFT, 1 is distillation alone")
     parser.add_argument("--temperature", type=float, default=1.0, help="of both distributions in the KL")
+    parser.add_argument("--on-policy", type=float, default=0.0, metavar="P", help="share of the steps in which the "
+                        "student answers by itself and the teacher scores that (KL alone), and not the data's answer")
+    parser.add_argument("--divergence", choices=["forward", "reverse"], default="forward", help="KL(teacher || "
+                        "student), the paper's, or KL(student || teacher)")
     parser.add_argument("--data", help="prepared folder of the stage (default: the built-in world's)")
     parser.add_argument("--init", help="run folder the stage starts from (default: that of the stage before it); "
                         "for audio-text also the folder or hub id of an InternVL2")
@@ -334,8 +350,9 @@ def parse_arguments():
     args = parser.parse_args()
     if args.stage not in PRESETS[args.preset]:
         parser.error(f"the preset {args.preset} has no stage {args.stage}: its LVLM comes trained")
-    if not 0 <= args.alpha <= 1:
-        parser.error(f"--alpha is a weight between 0 and 1, not {args.alpha}")
+    for name in ("alpha", "on_policy"):
+        if not 0 <= getattr(args, name) <= 1:
+            parser.error(f"--{name.replace('_', '-')} is a weight between 0 and 1, not {getattr(args, name)}")
     for name in ("temperature", "lr"):
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:
@@ -379,12 +396,15 @@ def describe(args, stage, init, asked):
     chosen |= {name: options[name] for name in chosen if options.get(name) is not None}
     folder = options.get("data") or f"runs/{args.preset}/data-s{args.seed}/{stage}"
     init = options.get("init") or init
-    training = {"stage": stage, "alpha": args.alpha if stage == "vision-audio" else 0.0,
-                "temperature": args.temperature, "seed": args.seed, "lr": chosen.pop("lr"),
+    speaks = stage == "vision-audio"  # what the loss is made of concerns this stage alone
+    training = {"stage": stage, "alpha": args.alpha if speaks else 0.0, "temperature": args.temperature,
+                "on_policy": args.on_policy if speaks else 0.0, "divergence": args.divergence, "seed": args.seed,
+                "lr": chosen.pop("lr"),
                 "global_batch": chosen.pop("global_batch"), "max_steps": options.get("max_steps"),
                 "max_tiles": args.max_tiles, "audio_seconds": args.audio_seconds, "float64": args.float64,
                 "data": str(folder), "init": init and str(init)}
-    return training, Path(options.get("out") or run_folder(args.preset, stage, args.alpha, args.seed)), chosen
+    out = run_folder(args.preset, stage, args.alpha, args.seed, args.on_policy, args.divergence)
+    return training, Path(options.get("out") or out), chosen
 
 
 def main():

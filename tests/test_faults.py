@@ -100,6 +100,16 @@ def test_two_processes_compute_the_same_steps_as_one(options, undisturbed, tmp_p
         torch.testing.assert_close(value, states[1][key], rtol=1e-6, atol=1e-9)
 
 
+def test_answering_by_itself_is_the_same_on_two_processes(options, tmp_path):
+    options = [*options, "--on-policy", 0.5, "--divergence", "reverse"]
+    one = run_here("train.py", *options, "--out", tmp_path / "one", cwd=tmp_path)
+    two = run_script("train.py", *options, "--out", tmp_path / "two", cwd=tmp_path, processes=2)
+    assert one.returncode == 0 and two.returncode == 0, one.stderr + two.stderr
+    same_steps(tmp_path / "one", tmp_path / "two")
+    alone = [line["step"] for line in losses(tmp_path / "one") if line["ce"] == 0]
+    assert 4 < len(alone) < 16, "about half of the steps have no label"
+
+
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes as Linux lists them")
 def test_torchrun_is_killed_and_one_process_goes_on(options, undisturbed, tmp_path):
     """Two processes, SIGKILL to torchrun alone; its workers notice; then the rest on one process: the same steps."""
@@ -134,7 +144,7 @@ def first_step(rank, world, folder, arguments):
     ollm, _ = train.prepare_model(args, args.stage, training["init"], None, device)
     steps = train.epoch_of(training, ollm, chosen["micro_batch"], rank, world)
     wrapped = DistributedDataParallel(ollm) if world > 1 else ollm
-    loss, *_ = train.total(train.train_step(wrapped, steps[0], 0.75, 1.0, device, world), device)
+    loss, *_ = train.total(train.train_step(wrapped, steps[0], training, device, world), device)
     gradients = {name: p.grad for name, p in ollm.named_parameters() if p.grad is not None}
     save_file({**gradients, "loss": torch.tensor(loss)}, folder / f"{world}-{rank}")
 

@@ -17,23 +17,24 @@ def logits():
     return student.requires_grad_(), teacher, torch.randint(V, (N,), generator=generator)
 
 
-def textbook(student, teacher, labels, alpha, temperature=1.0):
+def textbook(student, teacher, labels, alpha, temperature=1.0, divergence="forward"):
     """The formula, token by token and word by word."""
     kl = ce = 0.0
     for s, t, y in zip(student, teacher, labels):
         p_t = torch.exp(t / temperature) / torch.exp(t / temperature).sum()
         p_s = torch.exp(s / temperature) / torch.exp(s / temperature).sum()
-        kl += temperature**2 * sum(p * (p / q).log() for p, q in zip(p_t, p_s)) / len(labels)
+        pairs = zip(p_t, p_s) if divergence == "forward" else zip(p_s, p_t)
+        kl += temperature**2 * sum(p * (p / q).log() for p, q in pairs) / len(labels)
         ce -= (torch.exp(s[y]) / torch.exp(s).sum()).log() / len(labels)
     return alpha * kl + (1 - alpha) * ce, kl, ce
 
 
 @pytest.mark.parametrize("alpha", [0.25, 0.75])
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_textbook(logits, alpha, temperature):
+@pytest.mark.parametrize("temperature, divergence", [(1.0, "forward"), (2.0, "forward"), (2.0, "reverse")])
+def test_textbook(logits, alpha, temperature, divergence):
     student, teacher, labels = logits
-    ours = self_kd_loss(student, teacher, labels, alpha, temperature)
-    theirs = textbook(student, teacher, labels, alpha, temperature)
+    ours = self_kd_loss(student, teacher, labels, alpha, temperature, divergence=divergence)
+    theirs = textbook(student, teacher, labels, alpha, temperature, divergence)
     torch.testing.assert_close(torch.stack(ours), torch.stack(theirs), rtol=1e-12, atol=0)
     gradients = [torch.autograd.grad(terms[0], student, retain_graph=True)[0] for terms in (ours, theirs)]
     torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-14)

@@ -54,6 +54,19 @@ def test_shared_prefix_equals_two_full_passes(max_tiles, alpha):
         assert (a - b).norm() <= 1e-9 * b.norm() + 1e-15
 
 
+def test_its_own_answers_are_scored_as_by_two_full_passes():
+    """A batch padded on the left, answers of several lengths behind it, against each sample alone."""
+    ollm = build_ollm()
+    samples = make_samples(ollm)
+    batch = ollm.answer_itself(collate(ollm, samples, answers=False), max_new_tokens=6)
+    alone = [ollm.answer_itself(collate(ollm, [sample], answers=False), max_new_tokens=6) for sample in samples]
+    counts = [int((one["audio"]["labels"] != IGNORE).sum()) for one in alone]
+    for row, one in zip(batch["audio"]["labels"], alone):
+        assert row[row != IGNORE].tolist() == one["audio"]["labels"][one["audio"]["labels"] != IGNORE].tolist()
+    theirs = sum(n * bench.textbook(ollm, one, 1.0) for n, one in zip(counts, alone)) / sum(counts)
+    torch.testing.assert_close(ollm(batch, 1.0)[0], theirs, rtol=1e-9, atol=0)
+
+
 def test_teaching_does_not_change_the_student():
     ollm = build_ollm()
     batch = collate(ollm, make_samples(ollm))
