@@ -2,6 +2,7 @@
 
     torchrun train.py --alpha 0.75                         # the built-in world, from nothing to a Self-KD run
     torchrun train.py --alpha 0                            # the same start, conventional SFT
+    torchrun train.py --on-policy 1                        # the student answers, the teacher scores: without a label
     torchrun --nproc_per_node 2 train.py --alpha 0.75      # the same steps on two processes
     python train.py --stage audio-text --max-steps 20      # one stage, a few steps, without torchrun
     torchrun --nproc_per_node 8 train.py --preset internvl2-1b --alpha 0.75 --data FOLDER      # the paper's own run

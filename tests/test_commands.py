@@ -46,3 +46,20 @@ def test_a_command_is_one_that_its_script_takes(where, command, monkeypatch, tmp
     arguments = [re.sub(r"\$\w+|\$\{\w+\}", "1", word) for word in words[script + 1:]]
     done = run_here(words[script], *arguments, cwd=tmp_path)
     assert done.stderr == "taken\n", f"{where}: {command}"
+
+
+README = (ROOT / "README.md").read_text()
+
+
+def test_pointers_lead_to_what_they_name():
+    pointers = re.findall(r"\[`(\w+)`\]\((\w+\.py)#L(\d+)\)", README)
+    assert len(pointers) >= 5
+    for name, file, line in pointers:
+        assert f"def {name}(" in (ROOT / file).read_text().splitlines()[int(line) - 1], f"{name}: {file}, line {line}"
+
+
+def test_every_file_has_its_place_in_the_reading_order_and_about_as_many_lines():
+    counts = {file: int(lines) for file, lines in re.findall(r"(?m)^\| `(\w+\.py)` \| (\d+) \|", README)}
+    assert counts.keys() == {path.name for path in ROOT.glob("*.py")}
+    for file, lines in counts.items():
+        assert lines == pytest.approx(len((ROOT / file).read_text().splitlines()), rel=0.05), file

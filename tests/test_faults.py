@@ -133,27 +133,27 @@ def test_torchrun_is_killed_and_one_process_goes_on(options, undisturbed, tmp_pa
     assert other.returncode == 1 and "finished run of another training (lr is 0.001 there" in other.stderr
 
 
-def first_step(rank, world, folder, arguments):
-    """A process: loss and gradient of the first step, to a file; torchrun's environment is set by hand."""
-    os.environ.update({"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
-                       "MASTER_PORT": (folder / "port").read_text()})
-    sys.argv = ["train.py", *map(str, arguments)]
+def first_step(folder):
+    """In each of train.py's processes: loss and gradient of the first step that its command line asks for."""
     args = train.parse_arguments()
-    *_, device = train.set_up_processes(args.device)
+    rank, world, device = train.set_up_processes(args.device)
     training, _, chosen = train.describe(args, args.stage, None, asked=True)
     ollm, _ = train.prepare_model(args, args.stage, training["init"], None, device)
     steps = train.epoch_of(training, ollm, chosen["micro_batch"], rank, world)
     wrapped = DistributedDataParallel(ollm) if world > 1 else ollm
     loss, *_ = train.total(train.train_step(wrapped, steps[0], training, device, world), device)
     gradients = {name: p.grad for name, p in ollm.named_parameters() if p.grad is not None}
-    save_file({**gradients, "loss": torch.tensor(loss)}, folder / f"{world}-{rank}")
+    save_file({**gradients, "loss": torch.tensor(loss)}, Path(folder) / f"{world}-{rank}")
 
 
 def test_first_loss_and_gradient_in_float32(options, tmp_path):
-    (tmp_path / "port").write_text(str(free_port()))
+    script = tmp_path / "first.py"
+    script.write_text(f"import sys\nsys.path[:0] = {[str(ROOT), str(ROOT / 'tests')]}\n"
+                      f"import test_faults\ntest_faults.first_step({str(tmp_path)!r})\n")
     options = [option for option in options if option != "--float64"]
-    for world in (1, 2):
-        torch.multiprocessing.spawn(first_step, (world, tmp_path, options), nprocs=world)
+    for processes in (0, 2):
+        done = run_script(script, *options, cwd=tmp_path, processes=processes)
+        assert done.returncode == 0, done.stderr
     one, *two = (load_file(tmp_path / name) for name in ("1-0", "2-0", "2-1"))
     for state in two:
         assert state.keys() == one.keys() and len(one) > 20
