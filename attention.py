@@ -245,7 +245,7 @@ def draw(panels, ylabel, path, rows=1, sharey=False, looks=LOOKS):
 
     A label looks the same in all panels and is told apart by colour, marker and line.
     """
-    from matplotlib.figure import Figure  # a second to import, and used by nothing else
+    from matplotlib.figure import Figure  # a second to import
 
     columns = len(panels) // rows
     figure = Figure(figsize=(3.4 * columns, 2.5 * rows + 1), layout="constrained")

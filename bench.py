@@ -168,7 +168,7 @@ def build(size, share, device):
     ollm.train_only("vision-audio")
     ollm.to(device)
     if device.type == "cuda":
-        ollm.lvlm.to(torch.bfloat16)
+        model.to_bfloat16(ollm.lvlm)
     trained = [p for p in ollm.parameters() if p.requires_grad]
     return ollm, torch.optim.AdamW(trained, lr=1e-5, fused=True)
 

@@ -3,10 +3,9 @@
 A prepared folder holds `samples.jsonl`, one object a line, `{"id", "image", "question", "audio", "answer"}`, and the
 files it names: pictures, and speech as 16 kHz mono FLAC. `audio` says aloud what `question` says in writing; a line
 without image is speech or text alone, a line without audio is text alone, a line without question is speech to
-transcribe. Every source is brought to this format, the built-in world too (public data by sources.py):
+transcribe. Every source is brought to this format: the built-in world by world.py, public data by sources.py.
 
-    python data.py shapes --seed 0                     # to runs/shapes/data-s0, about a minute on two cores
-    python data.py shapes --seed 0 --label-noise 0     # training answers without annotation errors
+    python data.py shapes --seed 0                     # the built-in world, to runs/shapes/data-s0
     python data.py check runs/shapes/data-s0/test      # is every line, picture and recording whole?
     python data.py speak "what color is the circle" --out question.wav
 
@@ -21,8 +20,10 @@ import functools
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import random
+import sys
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -38,8 +39,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
 from tqdm import tqdm
 
-import shapes
-from faults import PARENT, BadInput, end_with, only_writer, readable_errors, start_worker, written_whole
+from faults import PARENT, BadInput, end_with, readable_errors, start_worker, written_whole
 
 SAMPLE_RATE = 16_000
 TOKEN_SAMPLES = 640  # waveform samples per audio token: 10 ms hop x 2 (convolution stride) x 2 (pooling)
@@ -493,53 +493,7 @@ def speak(text, voice=VOICES[0], words_per_minute=175, pitch=50):
     return resample(np.concatenate(pieces).astype(np.float32) / 32768, rate), SAMPLE_RATE
 
 
-# ---- writing: the built-in world -----------------------------------------------------------------------------------
-
-PARTS = ("vision-text", "audio-text", "vision-audio", "test")
-SCENE_QUESTIONS = 10  # written questions about each picture of the vision-text part
-
-
-def make_scene(task):
-    """Worker: one picture and its written questions (the vision-text part). Returns lines for samples.jsonl."""
-    folder, seed, i = task
-    rng = random.Random(f"{seed}/vision-text/{i}")
-    scene = shapes.draw_scene(rng, held_out=False)
-    save_png(folder / f"images/{i:06}.png", shapes.render(rng, scene))
-    lines = []
-    for j in range(SCENE_QUESTIONS):
-        line = {"id": f"{i:06}-{j}", "phase": 1, "image": f"images/{i:06}.png"}
-        if j < 2:  # first learn to see: a base that is asked before it can takes far longer
-            line |= {"phase": 0, **shapes.draw_question(rng, scene, ("description", *shapes.LIST_KINDS))}
-        elif rng.random() < 0.2:  # text alone: say it again. It teaches the LLM to copy, which alignment builds on
-            sentence = shapes.draw_sentence(rng)
-            line = {"id": f"{i:06}-{j}", "phase": 1, "question": f"{sentence} {shapes.INSTRUCTION}", "answer": sentence}
-        else:
-            line |= shapes.draw_question(rng, scene, shapes.BASE_KINDS)
-        lines.append(line)
-    return lines
-
-
-def make_clip(task):
-    """Worker: one spoken sentence and its transcript (the audio-text part)."""
-    folder, seed, i = task
-    rng = random.Random(f"{seed}/audio-text/{i}")
-    sentence = shapes.draw_sentence(rng)
-    return [{"id": f"{i:06}", **save_speech(folder, f"{i:06}", rng, sentence, VOICES), "answer": sentence}]
-
-
-def make_pair(task):
-    """Worker: one picture and one question, written and spoken (vision-audio: noisy answers; test: none, held out)."""
-    folder, seed, i, kinds, noise, held_out = task
-    rng = random.Random(f"{seed}/{folder.name}/{i}")
-    sample = None
-    while sample is None:
-        scene = shapes.draw_scene(rng, held_out)
-        sample = shapes.draw_question(rng, scene, kinds, noise)
-    save_png(folder / f"images/{i:06}.png", shapes.render(rng, scene))
-    speech = save_speech(folder, f"{i:06}", rng, sample["question"], HELD_OUT_VOICES if held_out else VOICES)
-    seen = {"scene": shapes.describe(scene)} if held_out else {}
-    return [{"id": f"{i:06}", "image": f"images/{i:06}.png", **speech, **sample, **seen}]
-
+# ---- writing -------------------------------------------------------------------------------------------------------
 
 def save_png(path, image):
     """Writes a picture, unless it is there."""
@@ -569,7 +523,8 @@ def save_speech(folder, name, rng, text, voices, rates=(240, 340)):
 @contextlib.contextmanager
 def workers():
     """A process for each core; one that is killed is an error, where multiprocessing.Pool would wait for ever."""
-    pool = ProcessPoolExecutor(os.cpu_count(), initializer=start_worker, initargs=(os.getpid(),))
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")  # whose parent we are
+    pool = ProcessPoolExecutor(os.cpu_count(), context, start_worker, (os.getpid(),))
     try:
         yield pool
     finally:
@@ -586,55 +541,13 @@ def note_settings(folder, settings):
         temporary.write_text(json.dumps(settings) + "\n")
 
 
-def make_part(folder, worker, tasks, settings):
-    """Runs the worker on all tasks in parallel and writes folder/samples.jsonl last; what exists is kept."""
-    with only_writer(folder):
-        note_settings(folder, settings)
-        if (folder / "samples.jsonl").exists():
-            return print(f"{folder}: there already")
-        for name in ("images", "audio"):
-            (folder / name).mkdir(exist_ok=True)
-        with workers() as pool, written_whole(folder / "samples.jsonl") as temporary:
-            with open(temporary, "w", encoding="utf-8") as out:
-                made = pool.map(worker, tasks, chunksize=32)
-                for lines in tqdm(made, total=len(tasks), desc=str(folder), unit="file"):
-                    out.writelines(json.dumps(line) + "\n" for line in lines)
-
-
-def make_shapes(args):
-    """The built-in world's four parts under --out."""
-    if not 0 <= args.label_noise <= 1:
-        raise BadInput(f"--label-noise is a share between 0 and 1, not {args.label_noise}")
-    out, seed, kinds = Path(args.out or f"runs/shapes/data-s{args.seed}"), args.seed, shapes.KINDS + shapes.ALIGN_KINDS
-    makers = {  # by part: worker, what it is told of sample i beside folder, seed and i, and what settings.json notes
-        "vision-text": (make_scene, lambda i: (), {"seed": seed, "scenes": args.scenes}),
-        "audio-text": (make_clip, lambda i: (), {"seed": seed, "clips": args.clips}),
-        "vision-audio": (make_pair, lambda i: (shapes.KINDS, args.label_noise, False),
-                         {"seed": seed, "n": args.n, "label_noise": args.label_noise}),
-        "test": (make_pair, lambda i: ((kinds[i % len(kinds)],), 0.0, True), {"seed": seed, "n": args.test}),
-    }
-    counts = dict(zip(PARTS, (args.scenes, args.clips, args.n, args.test)))
-    for part in PARTS:
-        if part in args.parts:
-            worker, told, settings = makers[part]
-            make_part(out / part, worker, [(out / part, seed, i, *told(i)) for i in range(counts[part])], settings)
-    print(f"The built-in world of seed {seed} lies in {out}")
-
-
 if __name__ == "__main__":
     import sources
+    import world
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    sub = commands.add_parser("shapes", help="make the built-in world")
-    sub.add_argument("--seed", type=int, default=0, help="what is drawn, asked and spoken")
-    sub.add_argument("--out", help="folder for the parts (default runs/shapes/data-s<seed>)")
-    sub.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS, help="which parts to make")
-    sub.add_argument("--scenes", type=int, default=13000, help="pictures with written questions (vision-text)")
-    sub.add_argument("--clips", type=int, default=18000, help="spoken sentences (audio-text)")
-    sub.add_argument("--n", type=int, default=1600, help="spoken questions about pictures (vision-audio)")
-    sub.add_argument("--test", type=int, default=800, help="held-out spoken questions (test)")
-    sub.add_argument("--label-noise", type=float, default=0.25, help="share of wrong training answers (vision-audio)")
+    world.add_command(commands)
     sub = commands.add_parser("speak", help="speak a text with espeak-ng")
     sub.add_argument("text", help="what to say")
     sub.add_argument("--voice", default=VOICES[0], help="an espeak-ng voice, accent+variant")
@@ -647,7 +560,7 @@ if __name__ == "__main__":
         if PARENT in os.environ:  # train.py, which needs the built-in world
             end_with(int(os.environ[PARENT]))
         if args.command == "shapes":
-            make_shapes(args)
+            world.make(args)
         elif args.command == "check":
             check_folder(args.folder)
         elif args.command != "speak":

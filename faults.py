@@ -2,7 +2,7 @@
 
     a file is whole or not there       `written_whole`: a temporary name, fsync, rename
     one process writes a folder        `only_writer`: a lock that the system takes back when its holder dies
-    nobody outlives who started them   `end_with`: torchrun's processes and pools end when their parent is killed
+    no process outlives its parent     `end_with`: torchrun's processes and pools end when their parent is killed
     a run stops between two steps      `noted_signals`, after SIGINT (Ctrl-C) and SIGTERM
     a run goes on where it stopped     `save_checkpoint`, `load_checkpoint`, `open_log`
     what the user can mend is one line `BadInput`, `readable_errors`
@@ -34,7 +34,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 CHECKPOINT = "checkpoint.safetensors"  # in a run folder, while the run is under way
-MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW remembers of each parameter
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW remembers of a parameter, once it has had a gradient
 PATIENCE = 60  # seconds to wait for another writer
 PARENT = "SELF_KD_PARENT"  # environment variable: the process that a script is to end with
 
@@ -199,7 +199,7 @@ def save_checkpoint(path, step, trained, optimizer, training):
     """
     tensors = {f"weight.{name}": p.detach() for name, p in trained.items()}
     for moment in MOMENTS:
-        tensors |= {f"{moment}.{name}": optimizer.state[p][moment] for name, p in trained.items()}
+        tensors |= {f"{moment}.{name}": state[moment] for name, p in trained.items() if (state := optimizer.state[p])}
     about = {"step": step, "training": training, "versions": versions()}
     about["digest"] = digest(about, sorted(tensors.items()))
     try:
@@ -235,8 +235,8 @@ def load_checkpoint(path, trained, optimizer, training):
                 raise ValueError("it is not what was saved there")
             for name, p in trained.items():
                 p.data.copy_(file.get_tensor(f"weight.{name}"))
-                moments = {m: file.get_tensor(f"{m}.{name}").to(p.device) for m in MOMENTS}
-                optimizer.state[p] = {"step": torch.tensor(float(about["step"]), device=p.device), **moments}
+                if f"step.{name}" in file.keys():
+                    optimizer.state[p] = {m: file.get_tensor(f"{m}.{name}").to(p.device) for m in MOMENTS}
             return int(about["step"])
     except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         raise BadInput(f"{path}: does not load ({error}): delete it to begin anew") from None

@@ -10,8 +10,9 @@ encoder and LLM are frozen: so the keys and values of `<system><image>` are the 
 gradient. `prefix` computes them once; `suffix` continues from them with the written or the spoken question.
 
 Two sets of parts fit: the built-in world's tiny ones (`build_lvlm`, `build_audio_encoder`), and the paper's real ones
-(pretrained.py). There is nothing to run here; `python -m pytest tests/test_model.py` checks it
-against two full passes, tests/test_internvl2.py against the original code's outputs.
+(pretrained.py). A batch is what `data.collate` returns. There is nothing to run here;
+`python -m pytest tests/test_model.py` checks it against two full passes, tests/test_internvl2.py against the original
+code's outputs.
 
 Letters in shape comments: B batch, P prefix tokens, S suffix tokens, A audio tokens, N answer tokens in the batch,
 V vocabulary, D width of the LLM, W width of the audio encoder, M mel bins, F mel frames.
@@ -48,6 +49,7 @@ transformers.utils.logging.disable_progress_bar()  # our own bars show what take
 transformers.utils.logging.set_verbosity_error()  # and our own checks say what is wrong
 
 POSITIONS = 2048  # of the built-in LLM
+MAX_NEW_TOKENS = 48  # of an answer
 
 
 class OLLM(nn.Module):
@@ -183,13 +185,13 @@ class OLLM(nn.Module):
         return chunked_self_kd_loss(student, teacher, self.lvlm.lm_head, labels, alpha, temperature, n_tokens,
                                     divergence)
 
-    def generate(self, prefix, suffix, heard=None, max_new_tokens=48):
+    def generate(self, prefix, suffix, heard=None, max_new_tokens=MAX_NEW_TOKENS):
         """Greedy answers as a list of strings; the suffix is padded on the left (`collate(answers=False)`)."""
         rows, pad = self.say(prefix, suffix, heard, max_new_tokens), self.tokenizer.pad_token_id
         return [self.tokenizer.decode(row[row != pad], skip_special_tokens=True).strip() for row in rows]
 
     @torch.no_grad()
-    def answer_itself(self, batch, max_new_tokens=48):
+    def answer_itself(self, batch, max_new_tokens=MAX_NEW_TOKENS):
         """The batch (of `collate(answers=False)`) with the student's own greedy answers to its spoken questions.
 
         On-policy distillation (Agarwal et al., ICLR 2024, for which the paper's training has no counterpart): both
@@ -206,8 +208,8 @@ class OLLM(nn.Module):
         return {**batch, **forms}
 
     @torch.no_grad()
-    def say(self, prefix, suffix, heard=None, max_new_tokens=48):
-        """Greedy answers as token ids (B, R), each with its end mark, and padded behind it; R <= max_new_tokens."""
+    def say(self, prefix, suffix, heard=None, max_new_tokens=MAX_NEW_TOKENS):
+        """Greedy answers as token ids (B, R <= max_new_tokens), padded behind the end mark, which a cut one lacks."""
         stop, pad = self.tokenizer.convert_tokens_to_ids("<|im_end|>"), self.tokenizer.pad_token_id
         rows = torch.zeros(len(suffix["ids"]), 0, dtype=torch.long, device=suffix["ids"].device)  # (B, new tokens)
         done = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)  # (B,)
@@ -236,6 +238,12 @@ def keys_and_values(layer, x, rotation, cache):
 def asked(batch):
     """The suffix that the student is asked and learns from: the spoken question, or the written one without speech."""
     return batch["text"] if batch["mel"] is None else batch["audio"]
+
+
+def to_bfloat16(module):
+    """The module's parameters in half precision. Its buffers stay as they are: rotations of far positions need them."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
 
 
 def to_float64(module):

@@ -37,7 +37,10 @@ def found(folder):
         rows = [row for _, row in data.json_lines(answers)]
         means = {form: statistics.fmean(eval.mean_scores(rows, form, shapes.KINDS).values())
                  for form in ("text", "audio") if rows[0][form] is not None}
-        scores.setdefault(eval.run_name(about), {})[about["training"]["seed"]] = means
+        seeds, seed = scores.setdefault(eval.run_name(about), {}), about["training"]["seed"]
+        if seed in seeds:
+            raise BadInput(f"{path.parent}: another run of {folder} is {eval.run_name(about)} of seed {seed} as well")
+        seeds[seed] = means
     if not scores:
         raise BadInput(f"{folder}: has no finished run; `torchrun train.py --alpha 0.75` makes one")
     return scores
@@ -91,7 +94,7 @@ def deviation(values):
 
 def blank(width, height):
     """A figure of so many inches and its axes."""
-    from matplotlib.figure import Figure  # a second to import, and used by nothing else
+    from matplotlib.figure import Figure  # a second to import
 
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.add_subplot()

@@ -4,7 +4,7 @@
     torchrun train.py --alpha 0                            # the same start, conventional SFT
     torchrun train.py --on-policy 1                        # the student answers, the teacher scores: without a label
     torchrun --nproc_per_node 2 train.py --alpha 0.75      # the same steps on two processes
-    python train.py --stage audio-text --max-steps 20      # one stage, a few steps, without torchrun
+    python train.py --stage audio-text --max-steps 20 --out runs/try    # one stage, a few steps, without torchrun
     torchrun --nproc_per_node 8 train.py --preset internvl2-1b --alpha 0.75 --data FOLDER      # the paper's own run
 
 | --stage      | input -> target                     | trained                     |
@@ -41,7 +41,8 @@ import pretrained
 from data import IGNORE
 from faults import CHECKPOINT, BadInput
 
-STAGES = {"vision-text": ("question",), "audio-text": ("audio",), "vision-audio": ("question", "audio")}  # asked
+STAGES = {  # the forms of the question that each reads
+    "vision-text": ("question",), "audio-text": ("audio",), "vision-audio": ("question", "audio")}
 PRESETS = {  # by stage: peak learning rate, samples a step over all processes, samples a forward pass
     "shapes": {
         "vision-text": {"lr": 1.5e-3, "global_batch": 48, "micro_batch": 48},
@@ -56,6 +57,7 @@ PRESETS = {  # by stage: peak learning rate, samples a step over all processes, 
 MODELS = {"internvl2-1b": ("OpenGVLab/InternVL2-1B", "openai/whisper-large-v3")}  # LVLM and Whisper, hub ids
 WARMUP = 0.03  # share of the steps
 CLIP = 1.0  # largest norm of a gradient
+BETAS = (0.9, 0.98)  # of AdamW
 
 
 def learning_rate(step, steps, peak):
@@ -77,15 +79,15 @@ def epoch_order(rows, seed):
 
 
 def deal(order, step, global_batch, micro_batch, length, rank, world):
-    """This rank's micro-batches in a step, [[(index, weight), ...], ...], as many on every rank.
+    """This rank's micro-batches in a step, [([index, ...], idle), ...], as many on every rank.
 
     Step k takes entries k * G to (k + 1) * G of the order, whatever the number of processes; only within them like
-    lengths come together. A rank for which nothing is left repeats a sample with weight 0.
+    lengths come together. A rank for which nothing is left goes through the motions with a sample, idle.
     """
     batch = sorted(order[step * global_batch: (step + 1) * global_batch], key=length)
     count = math.ceil(len(batch) / micro_batch / world) * world  # micro-batches over all ranks
     cuts = [round(i * len(batch) / count) for i in range(count + 1)]
-    chunks = [[(i, 1) for i in batch[a:b]] or [(batch[0], 0)] for a, b in zip(cuts, cuts[1:])]
+    chunks = [(batch[a:b], False) if a < b else (batch[:1], True) for a, b in zip(cuts, cuts[1:])]
     return chunks[rank::world]
 
 
@@ -103,8 +105,8 @@ class Steps(torch.utils.data.Dataset):
     def __getitem__(self, step):
         own = random.Random(f"{self.training['seed']}/{step}").random() < self.training["on_policy"]
         chunks = deal(self.order, step, self.global_batch, self.micro_batch, self.samples.length, self.rank, self.world)
-        return [{**self.collate([self.samples[i] for i, _ in chunk], answers=not own),
-                 "own": own, "idle": chunk[0][1] == 0} for chunk in chunks]
+        return [{**self.collate([self.samples[i] for i in indices], answers=not own), "own": own, "idle": idle}
+                for indices, idle in chunks]
 
     def ids(self, step):
         """The ids of the samples that all ranks together learn from in a step."""
@@ -143,8 +145,9 @@ def answered(ollm, batch, device):
     if batch["own"]:
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             batch = ollm.answer_itself(to(batch, device))
-    for suffix in (batch["text"], batch["audio"]) if batch["idle"] else ():
-        suffix and suffix["labels"].fill_(IGNORE)
+    if batch["idle"]:
+        for suffix in filter(None, (batch["text"], batch["audio"])):
+            suffix["labels"].fill_(IGNORE)
     return batch
 
 
@@ -175,7 +178,7 @@ def set_up_processes(device):
     """(rank, world, device): torchrun's environment, or a single process."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if device is None:
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if device == "cpu":  # where it costs nothing: the same command gives the same bytes
@@ -193,10 +196,8 @@ def set_up_processes(device):
 
 def run_folder(preset, stage, alpha, seed, on_policy=0.0, divergence="forward"):
     """Where a stage's run lies by default."""
-    variant = f"-a{alpha:g}" if stage == "vision-audio" else ""
-    if stage == "vision-audio":
-        variant += (f"-p{on_policy:g}" if on_policy else "") + ("-reverse" if divergence == "reverse" else "")
-    return Path("runs") / preset / f"{stage}{variant}-s{seed}"
+    variant = f"-a{alpha:g}" + (f"-p{on_policy:g}" if on_policy else "") + ("-reverse" * (divergence == "reverse"))
+    return Path("runs") / preset / f"{stage}{variant if stage == 'vision-audio' else ''}-s{seed}"
 
 
 def start_model(stage, init, whisper, seed):
@@ -232,7 +233,7 @@ def prepare_model(args, stage, init, whisper, device):
     ollm.settings |= {k: v for k in ("max_tiles", "audio_seconds") if (v := getattr(args, k)) is not None}
     ollm = (model.to_float64(ollm) if args.float64 else ollm).to(device)
     if device.type == "cuda" and stage != "vision-text":
-        ollm.lvlm.to(torch.bfloat16)  # frozen: no update is too small for it
+        model.to_bfloat16(ollm.lvlm)  # frozen: no update is too small for it
     return ollm, base
 
 
@@ -260,19 +261,21 @@ def train_stage(args, training, out, chosen, processes):
     """One stage, one epoch; leaves a run in `out`.
 
     training   {"stage", "alpha", "data", "init", ...}: what the run's numbers depend on, see `describe`
-    chosen     {"micro_batch", "save_every", "whisper"}
+    chosen     {"micro_batch", "save_every"}
     processes  (rank, world, device)
     """
     (rank, world, device), stage, lr = processes, training["stage"], training["lr"]
-    ollm, base = prepare_model(args, stage, training["init"], chosen["whisper"], device)
+    ollm, base = prepare_model(args, stage, training["init"], training["whisper"], device)
     steps = epoch_of(training, ollm, chosen["micro_batch"], rank, world)
     n_steps = min(len(steps), training["max_steps"] or len(steps))
     trained = {name: p for name, p in ollm.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(trained.values(), lr=lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(trained.values(), lr=lr, betas=BETAS, weight_decay=0.0, fused=True)
     same = contents(training, steps.samples)
     first = faults.load_checkpoint(out / CHECKPOINT, trained, optimizer, same)
     if total([float(first)], device) != [float(first * world)]:
         raise BadInput(f"{out}: not all processes find the same checkpoint; all nodes must share the folder")
+    if first > n_steps:
+        raise BadInput(f"{out}: its checkpoint has {first} steps behind it already, more than the {n_steps} asked for")
     # Text-only micro-batches leave the vision encoder without gradient, which DDP must be told.
     wrapped = DistributedDataParallel(ollm, find_unused_parameters=stage == "vision-text") if world > 1 else ollm
     log = faults.open_log(out / "log.jsonl", first) if rank == 0 else None
@@ -282,12 +285,12 @@ def train_stage(args, training, out, chosen, processes):
               + (f"; going on after step {first} of an interrupted run" if first else ""))
     loader = torch.utils.data.DataLoader(steps, batch_size=None, sampler=range(first, n_steps),
                                          num_workers=args.workers if device.type == "cuda" else 0,
-                                         worker_init_fn=faults.ignore_interrupts)
+                                         worker_init_fn=faults.ignore_interrupts, pin_memory=device.type == "cuda")
     started, done = time.time(), first
     with (faults.noted_signals() as received, tqdm(loader, desc=stage, unit="step", disable=rank > 0, mininterval=1,
                                                    initial=first, total=n_steps) as bar):
         for step, micro_batches in enumerate(bar, first):
-            torch.manual_seed(args.seed + 1_000_003 * step + rank)  # for whoever adds dropout; so far nothing is drawn
+            torch.manual_seed(args.seed + 1_000_003 * step)  # for whoever adds dropout; so far nothing is drawn
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, len(steps), lr)
             terms = train_step(wrapped, micro_batches, training, device, world)
@@ -326,13 +329,14 @@ def parse_arguments():
     parser.add_argument("--alpha", type=float, default=0.75, help="weight of the KL; 0 is SFT, 1 is distillation alone")
     parser.add_argument("--temperature", type=float, default=1.0, help="of both distributions in the KL")
     parser.add_argument("--on-policy", type=float, default=0.0, metavar="P", help="share of the steps in which the "
-                        "student answers by itself and the teacher scores that (KL alone), and not the data's answer")
+                        "student answers by itself (up to 48 tokens) and the teacher scores that: KL alone, no label")
     parser.add_argument("--divergence", choices=["forward", "reverse"], default="forward", help="KL(teacher || "
                         "student), the paper's, or KL(student || teacher)")
     parser.add_argument("--data", help="prepared folder of the stage (default: the built-in world's)")
     parser.add_argument("--init", help="run folder the stage starts from (default: that of the stage before it); "
                         "for audio-text also the folder or hub id of an InternVL2")
-    parser.add_argument("--whisper", help="folder or hub id of the Whisper that audio-text starts from")
+    parser.add_argument("--whisper", help="folder or hub id of the Whisper that audio-text starts from, if "
+                        "--init cannot listen yet")
     parser.add_argument("--max-tiles", type=data.at_least_one, help="squares a picture is cut into, thumbnail aside")
     parser.add_argument("--audio-seconds", type=float, help="pad speech to so many seconds; 30 is plain Whisper "
                         "(default: its real length)")
@@ -346,7 +350,7 @@ def parse_arguments():
     parser.add_argument("--lr", type=float, help="peak learning rate")
     parser.add_argument("--workers", type=int, default=4, help="processes that read ahead of each GPU (a CPU has none "
                         "to spare)")
-    parser.add_argument("--device", choices=["cpu", "cuda", "mps"], help="default: the best there is")
+    parser.add_argument("--device", choices=["cpu", "cuda", "mps"], help="default: cuda if there is one")
     parser.add_argument("--float64", action="store_true", help="double precision, to compare runs exactly")
     args = parser.parse_args()
     if args.stage not in PRESETS[args.preset]:
@@ -390,20 +394,22 @@ def check_finished(out, training):
 def describe(args, stage, init, asked):
     """(training, out, chosen) of a stage: what its numbers depend on, its run folder, and the settings that are left.
 
-    asked: whether it is the command line's own stage, to which --data, --init, --out, --lr and so on apply
+    asked: whether it is the command line's own stage, to which --data, --init, --out, --lr and so on apply; --seed,
+    --max-tiles, --audio-seconds and --float64 apply to all
     """
     options = vars(args) if asked else {}
     chosen = {"save_every": 500, "whisper": MODELS.get(args.preset, (None, None))[1], **PRESETS[args.preset][stage]}
     chosen |= {name: options[name] for name in chosen if options.get(name) is not None}
     folder = options.get("data") or f"runs/{args.preset}/data-s{args.seed}/{stage}"
     init = options.get("init") or init
-    speaks = stage == "vision-audio"  # what the loss is made of concerns this stage alone
-    training = {"stage": stage, "alpha": args.alpha if speaks else 0.0, "temperature": args.temperature,
-                "on_policy": args.on_policy if speaks else 0.0, "divergence": args.divergence, "seed": args.seed,
-                "lr": chosen.pop("lr"),
+    loss = {"alpha": 0.0, "temperature": 1.0, "on_policy": 0.0, "divergence": "forward"}
+    if stage == "vision-audio":  # the others know nothing but CE
+        loss = {name: getattr(args, name) for name in loss}
+    training = {"stage": stage, **loss, "seed": args.seed, "lr": chosen.pop("lr"),
                 "global_batch": chosen.pop("global_batch"), "max_steps": options.get("max_steps"),
                 "max_tiles": args.max_tiles, "audio_seconds": args.audio_seconds, "float64": args.float64,
-                "data": str(folder), "init": init and str(init)}
+                "data": str(folder), "init": init and str(init),
+                "whisper": chosen.pop("whisper") if stage == "audio-text" else None}
     out = run_folder(args.preset, stage, args.alpha, args.seed, args.on_policy, args.divergence)
     return training, Path(options.get("out") or out), chosen
 
@@ -424,6 +430,9 @@ def main():
         training, out, chosen = describe(args, stage, before, asked)
         before = out
         if not asked and (args.init or agreed((out / "ollm.json").exists(), rank, device)):
+            cut = not args.init and model.about_run(out)["training"].get("max_steps")
+            if cut:
+                say(f"{stage}: note that {out}, which is used here, was stopped after {cut} steps (--max-steps)")
             continue
         with contextlib.nullcontext() if rank > 0 else faults.only_writer(out):
             if agreed((out / "ollm.json").exists(), rank, device):  # before, or by whom we have waited for

@@ -14,6 +14,7 @@ import torch
 from conftest import ROOT, build_ollm, run_here
 from PIL import Image
 
+import ask_benchmarks
 import benchmarks
 import data
 import eval
@@ -128,10 +129,10 @@ def test_answers_to_another_file_are_not_taken_for_this_one_s(place, tmp_path):
 
 def test_frozen_models_answer_written_questions_once(place, monkeypatch):
     asked = []
-    monkeypatch.setattr(eval, "speech", lambda *_: None)
+    monkeypatch.setattr(ask_benchmarks, "speech", lambda *_: None)
     args = eval.arguments("").parse_args([])
     args.batch, args.speak, args.voice, args.speech = 8, "prompt", "v", "speech"
-    rows, texts = eval.bench_rows(place / "tsv/TextVQA_VAL.tsv", None), {}
+    rows, texts = ask_benchmarks.bench_rows(place / "tsv/TextVQA_VAL.tsv", None), {}
 
     def ask(samples, forms):
         asked.append(tuple(forms))
@@ -139,7 +140,7 @@ def test_frozen_models_answer_written_questions_once(place, monkeypatch):
 
     for run in ("a", "b"):
         (place / run).mkdir()
-        done = eval.predict(ask, ("text", "audio"), rows, place / run / "p.jsonl", texts, args)
+        done = ask_benchmarks.predict(ask, ("text", "audio"), rows, place / run / "p.jsonl", texts, args)
         assert [row["text"] for row in done] == [f"text {row['index']}" for row in rows]
     assert asked == [("text", "audio"), ("audio",)]
 
@@ -158,14 +159,14 @@ def test_a_question_alone_is_spoken_and_the_rest_is_read():
 
 
 def test_long_questions_are_spoken_faster_and_kept(tmp_path):
-    slow = eval.speech("one two three", data.VOICES[0], tmp_path)
+    slow = ask_benchmarks.speech("one two three", data.VOICES[0], tmp_path)
     long = " ".join(["seventeen elephants"] * 38)
-    wave = eval.speech(long, data.VOICES[0], tmp_path)
+    wave = ask_benchmarks.speech(long, data.VOICES[0], tmp_path)
     assert len(data.speak(long, data.VOICES[0])[0]) > 30 * data.SAMPLE_RATE >= len(wave)
     assert len(list(tmp_path.iterdir())) == 2 and len(slow) < len(wave)
-    assert (eval.speech(long, data.VOICES[0], tmp_path) == wave).all()
+    assert (ask_benchmarks.speech(long, data.VOICES[0], tmp_path) == wave).all()
     with pytest.raises(data.BadInput, match="--speak question"):
-        eval.speech(long * 5, data.VOICES[0], tmp_path)
+        ask_benchmarks.speech(long * 5, data.VOICES[0], tmp_path)
 
 
 @pytest.mark.parametrize("arguments, message", [

@@ -226,6 +226,28 @@ def test_a_full_disk_keeps_the_checkpoint_before(options, tmp_path):
     assert (out / "checkpoint.safetensors").read_bytes() == before and not list(out.glob(".*.tmp"))
 
 
+def test_what_has_had_no_gradient_yet_goes_on_as_exactly(tmp_path):
+    """Text alone leaves the vision encoder without gradient: AdamW then has fewer steps of it, or none."""
+    def start():
+        torch.manual_seed(0)
+        layers = {name: torch.nn.Parameter(torch.randn(3)) for name in ("often", "seldom", "never")}
+        return layers, torch.optim.AdamW(layers.values(), lr=0.1, fused=True)
+
+    def step(layers, optimizer, i):
+        optimizer.zero_grad()
+        (layers["often"].square().sum() + (layers["seldom"].square().sum() if i % 3 == 1 else 0)).backward()
+        optimizer.step()
+
+    straight, resumed = start(), start()
+    for i in range(7):
+        step(*straight, i)
+        step(*resumed, i)
+        faults.save_checkpoint(tmp_path / "checkpoint.safetensors", i + 1, *resumed, {})
+        resumed = start()
+        assert faults.load_checkpoint(tmp_path / "checkpoint.safetensors", *resumed, {}) == i + 1
+    assert all(torch.equal(straight[0][name], resumed[0][name]) for name in straight[0])
+
+
 def test_one_writer_a_folder_and_its_lock_dies_with_it(tmp_path):
     holder = subprocess.Popen([sys.executable, "-c", "import sys, time, faults\nwith faults.only_writer(sys.argv[1]):\n"
                                " print('held', flush=True)\n time.sleep(60)", str(tmp_path / "run")], cwd=ROOT,

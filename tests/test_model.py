@@ -74,6 +74,14 @@ def test_teaching_does_not_change_the_student():
     assert torch.equal(alone, taught)
 
 
+def test_half_precision_leaves_the_rotations_of_far_positions_alone():
+    ollm = build_ollm(torch.float32)
+    before = ollm.lvlm.model.language_model.rotary_emb.inv_freq.clone()
+    model.to_bfloat16(ollm.lvlm)
+    assert torch.equal(ollm.lvlm.model.language_model.rotary_emb.inv_freq, before)
+    assert {p.dtype for p in ollm.lvlm.parameters()} == {torch.bfloat16}
+
+
 def test_teacher_has_no_gradient_and_student_has():
     ollm = build_ollm()
     student, teacher, _ = ollm.paired(collate(ollm, make_samples(ollm)), teach=True)

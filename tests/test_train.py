@@ -30,9 +30,9 @@ def test_an_epoch_visits_every_sample_once_however_it_is_dealt(n, global_batch, 
     for step in range(math.ceil(n / global_batch)):
         ranks = [train.deal(order, step, global_batch, micro_batch, lambda i: i % 7, r, world) for r in range(world)]
         assert len({len(chunks) for chunks in ranks}) == 1, "as many micro-batches on every rank"
-        samples = [i for chunks in ranks for chunk in chunks for i, weight in chunk if weight]
+        samples = [i for chunks in ranks for indices, idle in chunks for i in indices if not idle]
         assert sorted(samples) == sorted(order[step * global_batch: (step + 1) * global_batch])
-        assert all(1 <= len(chunk) <= micro_batch for chunks in ranks for chunk in chunks)
+        assert all(1 <= len(indices) <= micro_batch for chunks in ranks for indices, _ in chunks)
         visited += samples
     assert sorted(visited) == list(range(n))
 
