@@ -58,6 +58,12 @@ def test_pointers_lead_to_what_they_name():
         assert f"def {name}(" in (ROOT / file).read_text().splitlines()[int(line) - 1], f"{name}: {file}, line {line}"
 
 
+def test_pictures_are_there_and_nothing_is_left_to_fill_in():
+    pictures = re.findall(r"\]\((assets/[^)]+)\)", README)
+    assert len(pictures) >= 4 and all((ROOT / picture).is_file() for picture in pictures)
+    assert not re.findall(r"@[A-Z]+@|TODO", README + (ROOT / "EXERCISES.md").read_text())
+
+
 def test_every_file_has_its_place_in_the_reading_order_and_about_as_many_lines():
     counts = {file: int(lines) for file, lines in re.findall(r"(?m)^\| `(\w+\.py)` \| (\d+) \|", README)}
     assert counts.keys() == {path.name for path in ROOT.glob("*.py")}
