@@ -164,6 +164,7 @@ def build(size, share, device):
         lvlm = InternVLForConditionalGeneration(pretrained.native_config(about, image_token))
         settings = {**pretrained.lvlm_settings(lvlm), "system": " ".join(["picture"] * SYSTEM_TOKENS)}
         listening = WhisperEncoder(WhisperConfig(**whisper)), WhisperFeatureExtractor(feature_size=128)
+        tokenizer.model_max_length = about["llm_config"]["max_position_embeddings"]
     ollm = model.OLLM(lvlm, tokenizer, settings, *listening)
     ollm.train_only("vision-audio")
     ollm.to(device)

@@ -103,7 +103,7 @@ def build_internvl2(folder):
                        "special": True} for t, i in special.items()}
     (folder / "tokenizer_config.json").write_text(json.dumps(
         {"added_tokens_decoder": tokens, "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>",
-         "tokenizer_class": "Qwen2Tokenizer", "model_max_length": 512}))
+         "tokenizer_class": "Qwen2Tokenizer", "model_max_length": 8192}))
     return folder
 
 
