@@ -98,13 +98,13 @@ def files(folder):
     return found
 
 
-def kill_once(place, expected, seconds, start, folder, rng):
+def kill_once(place, number, expected, seconds, start, folder, rng):
     """Kills the command at a random moment, or in the middle of a save; whether that hit it where it should."""
     command, processes, written, sign = PLACES[place]
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(start, folder)
     process = begin(command, processes, folder)
-    for saves_left in reversed(range(rng.randint(1, 5) if place == "saving a checkpoint" else 1)):
+    for saves_left in reversed(range(1 + 4 * number if place == "saving a checkpoint" else 1)):
         wait_for(folder, sign, process)
         while saves_left and any(folder.glob(sign)) and process.poll() is None:
             pass
@@ -121,7 +121,7 @@ def test_killed_and_started_again_is_undisturbed(place, number, start, undisturb
     (expected, seconds), rng = undisturbed(place), random.Random(f"{place}/{number}")
     command, processes, written, _ = PLACES[place]
     folder = tmp_path / "killed"
-    tries = next(i for i in range(1, 40) if kill_once(place, expected, seconds, start, folder, rng))
+    tries = next(i for i in range(1, 40) if kill_once(place, number, expected, seconds, start, folder, rng))
     left = f"{len(files(folder / written))} of {len(expected)} files"
     left += "".join(f", {path.name[:9]}: {len(path.read_text().splitlines())} lines"
                     for path in (folder / written).glob("*.jsonl"))
