@@ -39,7 +39,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
 from tqdm import tqdm
 
-from faults import PARENT, BadInput, end_with, readable_errors, start_worker, written_whole
+from faults import PARENT, BadInput, end_with, only_writer, readable_errors, start_worker, written_whole
 
 SAMPLE_RATE = 16_000
 TOKEN_SAMPLES = 640  # waveform samples per audio token: 10 ms hop x 2 (convolution stride) x 2 (pooling)
@@ -539,6 +539,25 @@ def note_settings(folder, settings):
                        f"not with {json.dumps(settings)}: choose another --out, or delete it")
     with written_whole(note) as temporary:
         temporary.write_text(json.dumps(settings) + "\n")
+
+
+def make_once(folder, settings, make, parts=("images", "audio")):
+    """Runs make() as the folder's only writer, unless it is finished; refused if other settings began it.
+
+    parts: folders for files that it needs inside
+    """
+    with only_writer(folder):
+        note_settings(folder, settings)
+        if (folder / "samples.jsonl").exists():
+            return print(f"{folder}: there already")
+        for name in parts:
+            (folder / name).mkdir(exist_ok=True)
+        make()
+
+
+def told(args):
+    """A command's arguments as settings: all but where its folder lies."""
+    return {key: value for key, value in sorted(vars(args).items()) if key != "out"}
 
 
 if __name__ == "__main__":

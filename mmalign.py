@@ -181,13 +181,7 @@ def build(args):
     folder = Path(args.out)
     if args.n % 2:
         raise BadInput(f"--n must be even, as the true sentence stands first in half of the questions, not {args.n}")
-    with faults.only_writer(folder):
-        for name in ("images", "audio"):
-            (folder / name).mkdir(exist_ok=True)
-        data.note_settings(folder, {key: value for key, value in sorted(vars(args).items()) if key != "out"})
-        if (folder / "samples.jsonl").exists():
-            return print(f"{folder}: there already")
-        make(args, folder)
+    data.make_once(folder, data.told(args), functools.partial(make, args, folder))
 
 
 def make(args, folder):

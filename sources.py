@@ -275,13 +275,9 @@ def make_merge(args):
 def make(args):
     """The folder --out from a source; refused if another source or other arguments began it."""
     folder = Path(args.out)
-    with faults.only_writer(folder):
-        for name in ("images", "audio") if args.command != "merge" else ():
-            (folder / name).mkdir(exist_ok=True)
-        data.note_settings(folder, {key: value for key, value in sorted(vars(args).items()) if key != "out"})
-        if (folder / "samples.jsonl").exists():
-            return print(f"{folder}: there already")
-        {"llava": make_llava, "merge": make_merge}.get(args.command, make_asr)(args)
+    maker = {"llava": make_llava, "merge": make_merge}.get(args.command, make_asr)
+    parts = () if args.command == "merge" else ("images", "audio")
+    data.make_once(folder, data.told(args), functools.partial(maker, args), parts)
 
 
 def add_commands(commands):

@@ -252,7 +252,9 @@ def contents(training, samples):
 
     How many steps are asked for is left out: any of them may follow those that were taken.
     """
-    init = training["init"] and model.fingerprint(training["init"])
+    init = training["init"]
+    if init is not None:  # load_run has just compared a run's weights with what is noted there
+        init = model.about_run(init).get("fingerprint") or model.fingerprint(init)
     return {**{key: training[key] for key in training if key != "max_steps"}, "data": samples.fingerprint(),
             "init": init}
 

@@ -13,6 +13,7 @@ What is drawn and asked is in shapes.py. Each sample has a random number generat
 be made anew, in any order, by any process.
 """
 
+import functools
 import json
 import random
 from pathlib import Path
@@ -71,19 +72,13 @@ def make_pair(task):
     return [{"id": f"{i:06}", "image": f"images/{i:06}.png", **speech, **sample, **seen}]
 
 
-def make_part(folder, worker, tasks, settings):
+def make_part(folder, worker, tasks):
     """Runs the worker on all tasks in parallel and writes folder/samples.jsonl last; what exists is kept."""
-    with faults.only_writer(folder):
-        data.note_settings(folder, settings)
-        if (folder / "samples.jsonl").exists():
-            return print(f"{folder}: there already")
-        for name in ("images", "audio"):
-            (folder / name).mkdir(exist_ok=True)
-        with data.workers() as pool, faults.written_whole(folder / "samples.jsonl") as temporary:
-            with open(temporary, "w", encoding="utf-8") as out:
-                made = pool.map(worker, tasks, chunksize=32)
-                for lines in tqdm(made, total=len(tasks), desc=str(folder), unit="file"):
-                    out.writelines(json.dumps(line) + "\n" for line in lines)
+    with data.workers() as pool, faults.written_whole(folder / "samples.jsonl") as temporary:
+        with open(temporary, "w", encoding="utf-8") as out:
+            made = pool.map(worker, tasks, chunksize=32)
+            for lines in tqdm(made, total=len(tasks), desc=str(folder), unit="file"):
+                out.writelines(json.dumps(line) + "\n" for line in lines)
 
 
 def make(args):
@@ -102,7 +97,8 @@ def make(args):
     for part in PARTS:
         if part in args.parts:
             worker, told, settings = makers[part]
-            make_part(out / part, worker, [(out / part, seed, i, *told(i)) for i in range(counts[part])], settings)
+            tasks = [(out / part, seed, i, *told(i)) for i in range(counts[part])]
+            data.make_once(out / part, settings, functools.partial(make_part, out / part, worker, tasks))
     print(f"The built-in world of seed {seed} lies in {out}")
 
 

@@ -81,6 +81,20 @@ def build_ollm(dtype=torch.float64, max_tiles=1):
     return model.to_float64(ollm) if dtype == torch.float64 else ollm
 
 
+def save_runs(folder, name="audio", stage="audio-text", alpha=0.0):
+    """Two runs with random weights, folder/base and one that listens, folder/name; returns the folder."""
+    ollm = build_ollm(torch.float32)
+    model.save_run(ollm, folder / "base", {"stage": "vision-text", "alpha": 0.0, "seed": 0})
+    model.save_run(ollm, folder / name, {"stage": stage, "alpha": alpha, "seed": 0}, base=folder / "base")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def start(tmp_path_factory):
+    """Two runs to start the later stages from; read only."""
+    return save_runs(tmp_path_factory.mktemp("start"))
+
+
 def collate(ollm, samples, **options):
     """A batch in the model's precision."""
     batch = data.collate(samples, ollm.tokenizer, ollm.mel_extractor, ollm.settings, **options)

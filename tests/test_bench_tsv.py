@@ -11,14 +11,13 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, build_ollm, run_here
+from conftest import ROOT, build_ollm, run_here, save_runs
 from PIL import Image
 
 import ask_benchmarks
 import benchmarks
 import data
 import eval
-import model
 
 
 def picture(color):
@@ -66,10 +65,7 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("benchmarks")
     (folder / "tsv").mkdir()
     write_benchmarks(folder / "tsv")
-    ollm = build_ollm(torch.float32)
-    model.save_run(ollm, folder / "base", {"stage": "vision-text", "alpha": 0.0, "seed": 0})
-    model.save_run(ollm, folder / "sft", {"stage": "vision-audio", "alpha": 0.0, "seed": 0}, base=folder / "base")
-    return folder
+    return save_runs(folder, "sft", "vision-audio")
 
 
 def test_all_seven_by_text_and_by_voice(place):

@@ -28,7 +28,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import build_internvl2, build_ollm, build_whisper, run_here
+from conftest import build_internvl2, build_whisper, run_here, save_runs
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -365,9 +365,7 @@ def test_recordings(tmp_path):
 @pytest.fixture(scope="module")
 def place(world, tmp_path_factory):
     """A base, a run that listens, a small prepared folder, an LVLM, a Whisper and a benchmark, to be spoilt."""
-    folder, ollm = tmp_path_factory.mktemp("broken"), build_ollm(torch.float32)
-    model.save_run(ollm, folder / "base", {"stage": "vision-text", "alpha": 0.0, "seed": 0})
-    model.save_run(ollm, folder / "run", {"stage": "audio-text", "alpha": 0.0, "seed": 0}, base=folder / "base")
+    folder = save_runs(tmp_path_factory.mktemp("broken"), "run")
     lines = (world / "test/samples.jsonl").read_text().splitlines()[:8]
     shutil.copytree(world / "test", folder / "part")
     (folder / "part/samples.jsonl").write_text("\n".join(lines[:3]) + "\n")

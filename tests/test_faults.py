@@ -13,25 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, build_ollm, run_here, run_script
+from conftest import ROOT, run_here, run_script
 from safetensors.torch import load_file, save_file
 from test_train import losses, same_steps
 from torch.nn.parallel import DistributedDataParallel
 
 import faults
-import model
 import train
 from faults import BadInput
-
-
-@pytest.fixture(scope="module")
-def start(world, tmp_path_factory):
-    """A run that listens, to train on."""
-    folder = tmp_path_factory.mktemp("start")
-    ollm = build_ollm(torch.float32)
-    model.save_run(ollm, folder / "base", {"stage": "vision-text", "alpha": 0.0, "seed": 0})
-    model.save_run(ollm, folder / "audio", {"stage": "audio-text", "alpha": 0.0, "seed": 0}, base=folder / "base")
-    return folder
 
 
 def begin(*arguments, cwd, torchrun=()):

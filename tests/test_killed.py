@@ -5,7 +5,6 @@
 
 import hashlib
 import json
-import os
 import random
 import shutil
 import signal
@@ -14,11 +13,8 @@ import sys
 import time
 
 import pytest
-import torch
-from conftest import ROOT, build_ollm, run_script
+from conftest import ROOT, run_script, save_runs
 from test_bench_tsv import picture, write_tsv
-
-import model
 
 TRAINING = ("train.py", "--init", "audio", "--data", "data/vision-audio", "--out", "run", "--save-every", 2,
             "--global-batch", 4, "--device", "cpu")
@@ -41,9 +37,7 @@ def start(world, tmp_path_factory):
     """What every command finds: prepared data, a base, a run that listens, a benchmark."""
     folder = tmp_path_factory.mktemp("start")
     shutil.copytree(world, folder / "data")
-    ollm = build_ollm(torch.float32)
-    model.save_run(ollm, folder / "base", {"stage": "vision-text", "alpha": 0.0, "seed": 0})
-    model.save_run(ollm, folder / "audio", {"stage": "audio-text", "alpha": 0.0, "seed": 0}, base=folder / "base")
+    save_runs(folder)
     write_tsv(folder / "DocVQA_VAL.tsv", [{"index": i, "image": picture((i, 9 * i, 0)), "answer": "circle",
                                            "question": "what is it? " * (i % 5 + 1)} for i in range(24)])
     return folder

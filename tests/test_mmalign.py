@@ -6,15 +6,13 @@ import shutil
 from collections import Counter
 
 import pytest
-import torch
-from conftest import build_ollm, run_here
+from conftest import run_here, save_runs
 from PIL import Image
 from test_sources import build_vits
 
 import data
 import eval
 import mmalign
-import model
 import shapes
 
 SIZE, N = (40, 30), 6
@@ -285,11 +283,7 @@ def test_the_built_in_world_is_scored_as_ever():
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A listening run with random weights."""
-    folder = tmp_path_factory.mktemp("run")
-    ollm = build_ollm(torch.float32)
-    model.save_run(ollm, folder / "base", {"stage": "vision-text", "alpha": 0.0, "seed": 0})
-    model.save_run(ollm, folder / "kd", {"stage": "vision-audio", "alpha": 0.75, "seed": 0}, base=folder / "base")
-    return folder / "kd"
+    return save_runs(tmp_path_factory.mktemp("run"), "kd", "vision-audio", 0.75) / "kd"
 
 
 def table(printed):

@@ -6,11 +6,9 @@ import re
 import shutil
 
 import pytest
-import torch
-from conftest import build_ollm, run_here, run_script
+from conftest import run_here, run_script
 from PIL import Image
 
-import model
 from safetensors.torch import load_file, save_file
 import train
 
@@ -42,16 +40,6 @@ def test_earlier_phases_come_first_and_seeds_differ():
     order = train.epoch_order(rows, seed=0)
     assert [rows[i]["phase"] for i in order] == [0] * 20 + [1] * 20 and sorted(order) == list(range(40))
     assert order == train.epoch_order(rows, seed=0) != train.epoch_order(rows, seed=1)
-
-
-@pytest.fixture(scope="module")
-def start(world, tmp_path_factory):
-    """Two runs to start the later stages from, with random weights, and the prepared data beside them."""
-    folder = tmp_path_factory.mktemp("start")
-    ollm = build_ollm(torch.float32)
-    model.save_run(ollm, folder / "base", {"stage": "vision-text", "alpha": 0.0, "seed": 0})
-    model.save_run(ollm, folder / "audio", {"stage": "audio-text", "alpha": 0.0, "seed": 0}, base=folder / "base")
-    return folder
 
 
 def losses(folder):
