@@ -1,4 +1,4 @@
-"""A small built-in world and tiny models of the real classes, shared by all tests. No network, no accelerator."""
+"""A small built-in world and tiny models of the real classes, shared by all tests. No network."""
 
 import contextlib
 import io
@@ -21,7 +21,9 @@ import torch
 from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration
 
 import data
-import model
+from analysis.bench import to_float64
+from model import OLLM
+from world.models import build_audio_encoder, build_lvlm
 
 
 def pytest_configure(config):
@@ -34,25 +36,35 @@ def pytest_collection_modifyitems(config, items):
 
 
 def run_script(*arguments, cwd, processes=0, timeout=170, largest_file=None):
-    """Runs one of the project's scripts as a user would; returns the finished process, its output as text.
+    """Runs one of the project's scripts as a user would; returns the finished process with its texts.
 
-    processes: start so many by torchrun; largest_file: bytes, beyond which writing fails as on a full disk
+    processes: start so many by torchrun; largest_file: bytes, beyond which writing fails as on a
+    full disk
     """
     launcher = [sys.executable]
     if processes:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     command = launcher + [str(ROOT / arguments[0]), *map(str, arguments[1:])]
-    limit = largest_file and (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file)))
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout, preexec_fn=limit)
+    limit = largest_file and (
+        lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file)))
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout,
+                          preexec_fn=limit)
 
 
 def run_here(script, *arguments, cwd):
-    """The same as run_script in this process, as long as it is one: no seconds for starting it."""
+    """Does the same in this process: no seconds for starting one.
+
+    script: a file such as "eval.py", or a module such as "analysis.attention"
+    """
     out, errors, code = io.StringIO(), io.StringIO(), 0
     argv, sys.argv = sys.argv, [script, *map(str, arguments)]
     try:
-        with contextlib.chdir(cwd), contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
-            runpy.run_path(str(ROOT / script), run_name="__main__")
+        with (contextlib.chdir(cwd), contextlib.redirect_stdout(out),
+              contextlib.redirect_stderr(errors)):
+            if script.endswith(".py"):
+                runpy.run_path(str(ROOT / script), run_name="__main__")
+            else:
+                runpy.run_module(script, run_name="__main__")
     except SystemExit as exit:  # a message goes to stderr and means 1, as Python does it
         code = exit.code if isinstance(exit.code, int) else int(exit.code is not None)
         errors.write(f"{exit.code}\n" if isinstance(exit.code, str) else "")
@@ -72,20 +84,21 @@ def world(tmp_path_factory):
 
 
 def build_ollm(dtype=torch.float64, max_tiles=1):
-    """The built-in model with random weights, listening; the audio part is scaled up so that it matters."""
+    """Returns the built-in model with random weights, listening; the audio part is scaled up."""
     torch.manual_seed(0)
-    ollm = model.OLLM(*model.build_lvlm(), *model.build_audio_encoder())
+    ollm = OLLM(*build_lvlm(), None, *build_audio_encoder())
     ollm.settings = {**ollm.settings, "max_tiles": max_tiles}
     torch.nn.init.normal_(ollm.projector.weight, std=0.3)
     ollm.train_only("vision-audio")
-    return model.to_float64(ollm) if dtype == torch.float64 else ollm
+    return to_float64(ollm) if dtype == torch.float64 else ollm
 
 
 def save_runs(folder, name="audio", stage="audio-text", alpha=0.0):
-    """Two runs with random weights, folder/base and one that listens, folder/name; returns the folder."""
+    """Writes two runs with random weights, folder/base and one that listens, folder/name."""
     ollm = build_ollm(torch.float32)
-    model.save_run(ollm, folder / "base", {"stage": "vision-text", "alpha": 0.0, "seed": 0})
-    model.save_run(ollm, folder / name, {"stage": stage, "alpha": alpha, "seed": 0}, base=folder / "base")
+    ollm.save(folder / "base", {"stage": "vision-text", "alpha": 0.0, "seed": 0})
+    ollm.base = folder / "base"
+    ollm.save(folder / name, {"stage": stage, "alpha": alpha, "seed": 0})
     return folder
 
 

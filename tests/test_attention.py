@@ -1,6 +1,10 @@
-"""Where the model looks: the shares against textbook attention, and what must hold of any attention."""
+"""Where the model looks: shares against textbook attention, and what must hold of any attention.
+
+And the figures that need nothing but what training wrote: analysis.training.
+"""
 
 import csv
+import json
 import shutil
 
 import pytest
@@ -8,10 +12,10 @@ import torch
 from conftest import build_ollm, collate, run_here
 from test_model import ANSWERS, QUESTIONS, make_samples
 
-import attention
 import data
-import model
-from attention import PADDING, QUERY, RESPONSE, SPANS, SYSTEM, TURN, VISION
+from analysis import attention, training
+from analysis.attention import PADDING, QUERY, RESPONSE, SPANS, SYSTEM, TURN, VISION
+from plumbing.files import BadInput
 
 FORMS = ("text", "audio")
 
@@ -27,56 +31,62 @@ def samples(ollm):
 
 
 def first_layer(ollm, batch, form):
-    """The first layer's attention (heads, T, T), position by position as textbooks write it, in double precision."""
-    x = attention.embedded(ollm, batch, form)  # (1, T, D)
-    layer = ollm.lvlm.model.language_model.layers[0]
-    x, heads = layer.input_layernorm(x)[0], ollm.lvlm.config.text_config.num_attention_heads
-    half = layer.self_attn.head_dim // 2
-    theta = ollm.lvlm.config.text_config.rope_parameters["rope_theta"]
-    rates = theta ** (-torch.arange(half, dtype=x.dtype) / half)  # (half,)
+    """Returns the first layer's attention (heads, T, T) as textbooks write it, in float64."""
+    ids = torch.cat([batch["prefix"]["ids"], batch[form]["ids"]], dim=1)  # (1, T)
+    audio = ollm.hear(batch["mel"], batch["n_frames"]) if form == "audio" else None
+    x = ollm.embed(ids, batch["pixels"], audio)  # (1, T, D)
+    layer, config = ollm.lvlm.model.language_model.layers[0], ollm.lvlm.config.text_config
+    x, half = layer.input_layernorm(x)[0], layer.self_attn.head_dim // 2
+    rates = config.rope_parameters["rope_theta"] ** (-torch.arange(half, dtype=x.dtype) / half)
     angles = torch.arange(len(x), dtype=x.dtype)[:, None, None] * rates  # (T, 1, half)
 
-    def turned(project):
-        a, b = project(x).unflatten(-1, (heads, -1)).split(half, dim=-1)  # each (T, heads, half)
-        return torch.cat([a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()], dim=-1)
+    def rotate(project):
+        a, b = project(x).unflatten(-1, (config.num_attention_heads, -1)).split(half, dim=-1)
+        return torch.cat([a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()],
+                         dim=-1)  # (T, heads, 2 half)
 
-    scores = torch.einsum("qhd,khd->hqk", turned(layer.self_attn.q_proj), turned(layer.self_attn.k_proj))
+    queries, keys = rotate(layer.self_attn.q_proj), rotate(layer.self_attn.k_proj)
+    scores = torch.einsum("qhd,khd->hqk", queries, keys) / (2 * half) ** 0.5
     ahead = torch.ones(len(x), len(x), dtype=torch.bool).triu(1)  # (T, T)
-    return (scores / (2 * half) ** 0.5).masked_fill(ahead, -torch.inf).softmax(-1)
+    return scores.masked_fill(ahead, -torch.inf).softmax(-1)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("form", FORMS)
 def test_shares_equal_sums_over_textbook_attention(ollm, samples, form):
     batch = collate(ollm, samples[2:3])
-    ours, spans = attention.shares(ollm, batch, form)
+    ours, spans = attention.attention_shares(ollm, batch, form)
     weights, names = first_layer(ollm, batch, form).mean(0), spans[0].tolist()  # (T, T)
     response = [t for t, name in enumerate(names) if name == RESPONSE]
     assert response[-1] == len(names) - 1 and len(response) == len(ANSWERS[2].split()) + 1
-    looking = ([t for t, name in enumerate(names) if name == QUERY], [t - 1 for t in response])
-    for f, rows in enumerate(looking):
+    queries = [t for t, name in enumerate(names) if name == QUERY]
+    for f, rows in enumerate((queries, [t - 1 for t in response])):
         for s in range(len(SPANS)):
-            hand = sum(weights[q, k].item() for q in rows for k, name in enumerate(names) if name == s) / len(rows)
-            assert ours[0, 0, f, s].item() == pytest.approx(hand, abs=2e-6), (f, SPANS[s])  # softmax is in float32
+            keys = [k for k, name in enumerate(names) if name == s]
+            by_hand = weights[rows][:, keys].sum().item() / len(rows)
+            # The model takes its softmax in float32.
+            assert ours[0, 0, f, s].item() == pytest.approx(by_hand, abs=2e-6), (f, SPANS[s])
     assert ours[0, 0].std() > 0.05, "spans that differ too little would hide a mistake"
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("form", FORMS)
 def test_rows_sum_to_one_and_padding_gets_nothing(ollm, samples, form):
-    ours, spans = attention.shares(ollm, collate(ollm, samples), form)
-    prefix = collate(ollm, samples)["prefix"]["ids"].size(1)
-    assert (spans[:, :prefix] == PADDING).any() and (spans[:, prefix:] == PADDING).any(), "padding at both ends"
+    batch = collate(ollm, samples)
+    ours, spans = attention.attention_shares(ollm, batch, form)
+    prefix = batch["prefix"]["ids"].size(1)
+    assert (spans[:, :prefix] == PADDING).any() and (spans[:, prefix:] == PADDING).any()
     torch.testing.assert_close(ours.sum(-1), torch.ones_like(ours[..., 0]), rtol=0, atol=1e-5)
     assert (ours[..., PADDING] == 0).all() and (ours[..., :TURN].amin((0, 1)) > 0).all()
-    assert (ours[:, :, 0, [TURN, RESPONSE]] == 0).all(), "the question comes before turn and response"
+    assert (ours[:, :, 0, [TURN, RESPONSE]] == 0).all(), "the query comes before turn and response"
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("form", FORMS)
 def test_a_batch_gives_what_each_item_gives_alone(ollm, samples, form):
-    together = attention.shares(ollm, collate(ollm, samples), form)[0]
-    alone = torch.cat([attention.shares(ollm, collate(ollm, [sample]), form)[0] for sample in samples])
+    together = attention.attention_shares(ollm, collate(ollm, samples), form)[0]
+    alone = torch.cat([attention.attention_shares(ollm, collate(ollm, [sample]), form)[0]
+                       for sample in samples])
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
     assert (alone[0] - alone[1]).abs().max() > 1e-2, "items that are alike would hide a mix-up"
 
@@ -90,16 +100,17 @@ def test_spans_partition_the_sequence(ollm, samples, form):
     words = ollm.tokenizer.convert_ids_to_tokens
     for i, (row, span) in enumerate(zip(ids, spans)):
         lengths = torch.bincount(span, minlength=len(SPANS)).tolist()
-        asked = len(QUESTIONS[i].split()) if form == "text" else data.audio_tokens(samples[i]["wave"])
-        assert lengths[VISION] == 4 * len(samples[i]["pixels"]) and lengths[QUERY] == asked
+        question = QUESTIONS[i].split()
+        query = len(question) if form == "text" else data.audio_tokens(samples[i]["wave"])
+        assert lengths[VISION] == 4 * len(samples[i]["pixels"]) and lengths[QUERY] == query
         assert words(row[span == TURN]) == ["<|im_end|>", "<|im_start|>", "assistant", "\n"]
         assert words(row[span == RESPONSE]) == [*ANSWERS[i].split(), "<|im_end|>"]
         assert words(row[span == VISION]) == ["<IMG_CONTEXT>"] * lengths[VISION]
         assert words(row[span == SYSTEM])[:3] == ["<|im_start|>", "system", "\n"]
         if form == "text":
-            assert words(row[span == QUERY]) == QUESTIONS[i].split()
+            assert words(row[span == QUERY]) == question
         order = span[(span != SYSTEM) & (span != PADDING)]
-        assert torch.equal(order, order.sort().values), "image, question, turn and response, in this order"
+        assert torch.equal(order, order.sort().values), "image, question, turn, response"
 
 
 @torch.no_grad()
@@ -108,55 +119,98 @@ def test_eager_sdpa_and_the_shared_prefix_agree(ollm, samples, form):
     batch, llm = collate(ollm, samples), ollm.lvlm.model.language_model
     usual = attention.full_pass(ollm, batch, form)
     assert llm.config._attn_implementation == "sdpa"
-    with attention.watched(llm, lambda weights: weights.shape) as seen:
+    with attention.record_attention(llm, lambda weights: weights.shape) as records:
         eager = attention.full_pass(ollm, batch, form)
-    assert len(seen) == len(llm.layers) and llm.config._attn_implementation == "sdpa", "and it is left as it was"
-    heard = ollm.hear(batch["mel"], batch["n_frames"]) if form == "audio" else None
-    cached = ollm.suffix(ollm.prefix(batch), batch[form], heard)[0]
+    assert len(records) == len(llm.layers)
+    assert llm.config._attn_implementation == "sdpa", "it is left as it was"
+    audio = ollm.hear(batch["mel"], batch["n_frames"]) if form == "audio" else None
+    shared = ollm.continue_prefix(ollm.encode_prefix(batch), batch[form], audio)[0]
     real, prefix = batch[form]["mask"], batch["prefix"]["ids"].size(1)
-    torch.testing.assert_close(eager[:, prefix:][real], usual[:, prefix:][real], rtol=0, atol=1e-5)
-    torch.testing.assert_close(usual[:, prefix:][real], cached[real], rtol=1e-9, atol=1e-9)
+    usual, eager = usual[:, prefix:][real], eager[:, prefix:][real]
+    torch.testing.assert_close(eager, usual, rtol=0, atol=1e-5)
+    torch.testing.assert_close(usual, shared[real], rtol=1e-9, atol=1e-9)
+
+
+# ---- the scripts ---------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, world):
-    """A base and what listens for it: aligned, and Self-KD of two seeds; random weights, and the test part's items."""
+    """A base and what listens for it: aligned, and Self-KD of two seeds. Weights are random."""
     folder, ollm = tmp_path_factory.mktemp("runs") / "runs/shapes", build_ollm(torch.float32)
-    base = folder / "vision-text-s0"
-    model.save_run(ollm, base, {"stage": "vision-text", "alpha": 0.0, "seed": 0})
-    for stage, alpha, seed in (("audio-text", 0.0, 0), ("vision-audio", 0.75, 0), ("vision-audio", 0.75, 1)):
+    ollm.save(folder / "vision-text-s0", {"stage": "vision-text", "alpha": 0.0, "seed": 0})
+    ollm.base = folder / "vision-text-s0"
+    for name, stage, alpha, seed in (("audio-text-s0", "audio-text", 0.0, 0),
+                                     ("vision-audio-a0.75-s0", "vision-audio", 0.75, 0),
+                                     ("vision-audio-a0.75-s1", "vision-audio", 0.75, 1)):
         torch.nn.init.normal_(ollm.projector.weight, std=0.3 + seed)
-        name = f"{stage}-s{seed}" if stage == "audio-text" else f"{stage}-a{alpha:g}-s{seed}"
-        model.save_run(ollm, folder / name, {"stage": stage, "alpha": alpha, "seed": seed}, base)
+        ollm.save(folder / name, {"stage": stage, "alpha": alpha, "seed": seed})
     for seed in (0, 1):
         shutil.copytree(world / "test", folder / f"data-s{seed}/test")
     return folder.parent.parent
 
 
 def test_the_script_writes_figures_numbers_and_a_summary(runs):
-    names = [f"runs/shapes/{name}" for name in ("vision-text-s0", "audio-text-s0", "vision-audio-a0.75-s0",
-                                                "vision-audio-a0.75-s1")]
-    done = run_here("attention.py", *names, "--n", 3, "--out", "figures", cwd=runs)
+    names = ("vision-text-s0", "audio-text-s0", "vision-audio-a0.75-s0", "vision-audio-a0.75-s1")
+    done = run_here("analysis.attention", *(f"runs/shapes/{name}" for name in names), "--n", 3,
+                    "--out", "figures", cwd=runs)
     assert done.returncode == 0, done.stderr
     with open(runs / "figures/attention.csv", newline="") as lines:
         rows = list(csv.DictReader(lines))
-    assert {(row["run"], row["seeds"]) for row in rows} == {("text", "0 1"), ("aligned", "0"), ("KD 0.75", "0 1")}
-    for key in {(row["run"], row["from"], row["layer"]) for row in rows}:
-        shares = [float(row["share"]) for row in rows if (row["run"], row["from"], row["layer"]) == key]
-        assert sum(shares) == pytest.approx(100, abs=1e-2)
-    vision = [(float(row["share"]), float(row["per_token"])) for row in rows if row["to"] == "vision"]
-    assert all(share == pytest.approx(4 * each, rel=1e-4) for share, each in vision), "four image tokens a picture"
-    kd = [float(row["share_sd"]) for row in rows if row["run"] == "KD 0.75" and row["to"] == "vision"]
-    assert min(kd) > 0, "two seeds, two projectors"
-    assert "| mean of the six | " in done.stdout and "3 items" in done.stdout and "±" in done.stdout
+    groups = {(row["run"], row["seeds"]) for row in rows}
+    assert groups == {("text", "0 1"), ("aligned", "0"), ("KD 0.75", "0 1")}
+    sums = {}
+    for row in rows:
+        key = row["run"], row["from"], row["layer"]
+        sums[key] = sums.get(key, 0) + float(row["share"])
+    assert list(sums.values()) == pytest.approx([100] * len(sums), abs=1e-2)
+    for row in rows:
+        if row["to"] == "vision":  # a picture has four image tokens
+            assert float(row["share"]) == pytest.approx(4 * float(row["per_token"]), rel=1e-4)
+            assert row["run"] != "KD 0.75" or float(row["share_sd"]) > 0, "two projectors"
+    assert "mean of the six" in done.stdout and "3 items" in done.stdout and "±" in done.stdout
     for name in ("attention-share.png", "attention-per-token.png"):
         assert (runs / "figures" / name).read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["runs/shapes/vision-text-s0"], "cannot listen"),
-    (["runs/shapes/audio-text-s0", "runs/shapes/audio-text-s0"], "a second run called aligned of seed 0"),
-    (["runs/shapes/audio-text-s0", "--n", "1000"], "fewer than 1000")])
-def test_what_cannot_be_measured_is_refused_in_one_line(runs, arguments, message):
-    done = run_here("attention.py", *arguments, cwd=runs)
-    assert done.returncode == 1 and message in done.stderr.splitlines()[-1], done.stderr
+@pytest.mark.parametrize("arguments", [
+    ["runs/shapes/vision-text-s0"],
+    ["runs/shapes/audio-text-s0", "runs/shapes/./audio-text-s0"],
+    ["runs/shapes/audio-text-s0", "--n", "1000"]], ids=["cannot listen", "twice", "too few"])
+def test_what_cannot_be_measured_is_refused_in_one_line(runs, arguments):
+    done = run_here("analysis.attention", *arguments, "--out", "refused", cwd=runs)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("error: runs/shapes")
+    assert not (runs / "refused").exists()
+
+
+def write_log(run, steps, offset=0.0):
+    """Writes a training log whose loss falls by one a step."""
+    run.mkdir()
+    lines = [{"step": i, "loss": steps - i + offset, "kl": 0.1, "ce": 0.2, "lr": 1e-3,
+              "grad_norm": 2.0, "time": {"samples_per_s": 8.0}} for i in range(steps)]
+    (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return run
+
+
+def test_training_logs_are_drawn_side_by_side_as_running_means(tmp_path, monkeypatch):
+    logs = [write_log(tmp_path / "a", 40), write_log(tmp_path / "b", 60, offset=5.0)]
+    figures, draw = [], training.tables.plot_curves
+    monkeypatch.setattr(training.tables, "plot_curves",
+                        lambda *args, **options: (figures.append((args, options)),
+                                                  draw(*args, **options)))
+    training.draw_logs(logs, tmp_path / "out/training.png")
+    (panels, xlabel, ylabel, _), options = figures[0]
+    (label_a, loss_a, _), (label_b, loss_b, _) = panels["loss"]
+    assert (label_a, label_b) == tuple(map(str, logs)) and len(panels) == 4
+    assert "4 steps" in ylabel and options["first"] == 3, "a tenth of the shorter log"
+    assert loss_a.tolist() == pytest.approx([38.5 - i for i in range(37)])
+    assert loss_b.tolist() == pytest.approx([63.5 - i for i in range(57)])
+    assert (tmp_path / "out/training.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_broken_log_is_refused_with_its_line(tmp_path):
+    run = write_log(tmp_path / "a", 3)
+    with open(run / "log.jsonl", "a") as log:
+        log.write('{"step": 3, "loss": 1.0}\n')
+    with pytest.raises(BadInput, match=r"log.jsonl:4: "):
+        training.draw_logs([run], tmp_path / "training.png")

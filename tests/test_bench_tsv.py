@@ -1,4 +1,4 @@
-"""The benchmarks from end to end: small files in their format, asked in writing and aloud, cut off and continued."""
+"""The benchmarks from end to end: asked in writing and aloud, cut off and continued."""
 
 import base64
 import csv
@@ -8,16 +8,19 @@ import shutil
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT, build_ollm, run_here, save_runs
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
-import ask_benchmarks
-import benchmarks
 import data
-import eval
+from benchmarks import ask
+from benchmarks.scorers import BENCHMARKS
+from plumbing.files import BadInput
+from plumbing.media import SAMPLE_RATE, VOICES, speak
 
 
 def picture(color):
@@ -36,145 +39,218 @@ def write_tsv(path, rows):
 
 
 def write_benchmarks(folder):
-    """All seven, a few rows each: pictures by reference, rows without one, options that are missing, both splits."""
+    """All seven, a few rows each: shared pictures and none, missing options, both splits."""
     red, blue = picture("red"), picture("blue")
-    mme = [{"index": i, "image": image, "image_path": f"{i // 2}.jpg", "question": f"{q} Please answer yes or no.",
-            "answer": a, "category": c}
-           for i, (image, q, a, c) in enumerate([(red, "Is there a circle?", "Yes", "existence"),
-                                                 (red, "Is there a star?", "No", "existence"),
-                                                 (blue, "Is it red?", "No", "code_reasoning"),
-                                                 (blue, "Is it blue?", "Yes", "code_reasoning")])]
-    hallusion = [{"category": "VD", "l2-category": "VD_ocr", "index": f"VD_ocr_1_0_{figure}_{question}",
+    mme = [{"index": i, "image": image, "image_path": f"{i // 2}.jpg",
+            "question": f"{question} Please answer yes or no.", "answer": answer,
+            "category": category}
+           for i, (image, question, answer, category) in enumerate([
+               (red, "Is there a circle?", "Yes", "existence"),
+               (red, "Is there a star?", "No", "existence"),
+               (blue, "Is it red?", "No", "code_reasoning"),
+               (blue, "Is it blue?", "Yes", "code_reasoning")])]
+    hallusion = [{"category": "VD", "l2-category": "VD_ocr", "index": f"VD_ocr_1_0_{figure}_{i}",
                   "image": image, "question": "Is there a red star?", "answer": "No"}
-                 for figure, image in enumerate((red, blue, "")) for question in (0, 1)]
-    real = [{"image": red, "answer": "B", "index": 0, "A": "red", "B": "blue", "C": "", "D": "", "question": "color?"},
+                 for figure, image in enumerate((red, blue, "")) for i in (0, 1)]
+    real = [{"image": red, "answer": "B", "index": 0, "A": "red", "B": "blue", "C": "", "D": "",
+             "question": "color?"},
             {"image": "0", "answer": "A", "index": 1, "A": "one", "B": "two", "C": "three", "D": "",
              "question": "How?"}]
-    text = [{"index": 34600 + i, "image": image, "question": "what is it?", "answer": str(["circle"] * 10)}
-            for i, image in enumerate((red, "34600", blue))]
+    text = [{"index": 34600 + i, "image": image, "question": "what is it?",
+             "answer": str(["circle"] * 10)} for i, image in enumerate((red, "34600", blue))]
     chart = [{"index": i, "image": red, "question": "how many?", "answer": "14", "split": split}
              for i, split in enumerate(("test_human", "test_augmented", "test_human"))]
-    doc = [{"index": 0, "image": blue, "question": "what?", "answer": "['circle', 'a circle']", "split": "val"}]
-    for name, rows in zip(benchmarks.BENCHMARKS, (mme, hallusion, real, text, chart, doc, doc)):
+    doc = [{"index": 0, "image": blue, "question": "what?", "answer": "['circle', 'a circle']",
+            "split": "val"}]
+    for name, rows in zip(BENCHMARKS, (mme, hallusion, real, text, chart, doc, doc)):
         write_tsv(folder / f"{name}.tsv", rows)
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with the files in tsv/, and two runs: base, and one that listens."""
+    """A folder with the files in tsv/, and two runs: base, and sft, which listens."""
     folder = tmp_path_factory.mktemp("benchmarks")
     (folder / "tsv").mkdir()
     write_benchmarks(folder / "tsv")
     return save_runs(folder, "sft", "vision-audio")
 
 
+@pytest.fixture
+def copy(place, tmp_path):
+    """A copy of it, without predictions."""
+    for name in ("base", "sft", "tsv"):
+        ignore = shutil.ignore_patterns("predictions")
+        shutil.copytree(place / name, tmp_path / name, ignore=ignore)
+    return tmp_path
+
+
 def test_all_seven_by_text_and_by_voice(place):
     done = run_here("eval.py", "base", "sft", "--bench", "tsv", "--max-new-tokens", 6, cwd=place)
     assert done.returncode == 0, done.stderr
     assert "HallusionBench.tsv: 2 rows without a picture" in done.stdout
-    for column in ("MME", "HalluB", "RWQA", "TextVQA", "CQA^H", "CQA^A", "DocVQA", "InfoVQA", "mean"):
-        assert f"| {column} " in done.stdout
-    assert "MME: yes ratio of answered" in done.stdout and "SFT, audio" in done.stdout
+    for columns in (*BENCHMARKS.values(), ["mean"]):
+        assert all(f"| {column} " in done.stdout for column in columns)
+    assert "MME: unknown share" in done.stdout and "SFT, audio" in done.stdout
     assert "sft, MME, speech - text:" in done.stdout and "95 % interval" in done.stdout
-    result = json.loads((place / "runs/report/benchmarks.json").read_text())
-    assert set(result["runs"]["sft"]) == {"text", "audio"} and set(result["runs"]["base"]) == {"text"}
-    assert len(result["runs"]["sft"]["audio"]["HallusionBench"]["rows"]) == 4
+
+    text = (place / "runs/report/benchmarks.json").read_text()
+    results = json.loads(text, parse_constant=pytest.fail)["runs"]  # no NaN
+    assert set(results["sft"]) == {"text", "audio"} and set(results["base"]) == {"text"}
+    assert len(results["sft"]["audio"]["HallusionBench"]["rows"]) == 4
     assert Image.open(place / "runs/report/benchmarks.png").size[0] > 500
-    lines = (next((place / "sft/predictions").glob("RealWorldQA-*"))).read_text().splitlines()
-    lines = sorted(map(json.loads, lines), key=lambda line: line["index"])
-    assert [line["index"] for line in lines] == ["0", "1"] and all(isinstance(line["audio"], str) for line in lines)
-    assert lines[1]["prompt"] == ("How?\nA. one\nB. two\nC. three\n"
-                                  "Answer with the option's letter from the given choices directly.")
+
+    path, = (place / "sft/predictions").glob("RealWorldQA-*")
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines.sort(key=lambda line: line["index"])
+    assert [line["index"] for line in lines] == ["0", "1"]
+    assert all(isinstance(line["audio"], str) for line in lines)
+    assert lines[1]["prompt"].startswith("How?\nA. one\nB. two\nC. three\nAnswer with the option")
 
 
-def test_an_evaluation_that_was_killed_goes_on_to_the_same_answers(place, tmp_path):
-    for name in ("base", "sft", "tsv"):
-        shutil.copytree(place / name, tmp_path / name, ignore=shutil.ignore_patterns("predictions"))
-    write_tsv(tmp_path / "tsv/DocVQA_VAL.tsv", [{"index": i, "image": picture((i, 9 * i, 0)), "answer": "circle",
-                                                 "question": "what is it? " * (i % 5 + 1)} for i in range(24)])
+def test_an_evaluation_that_was_killed_goes_on_to_the_same_answers(copy):
+    write_tsv(copy / "tsv/DocVQA_VAL.tsv",
+              [{"index": i, "image": picture((i, 9 * i, 0)), "answer": "circle",
+                "question": "what is it? " * (i % 5 + 1)} for i in range(16)])
     options = ["sft", "--bench", "tsv/DocVQA_VAL.tsv", "--batch", 2, "--max-new-tokens", 12]
     command = [sys.executable, ROOT / "eval.py", *map(str, options)]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    predictions = tmp_path / "sft/predictions/DocVQA_VAL-prompt-gmw_en-US+m1-12tokens-1tiles.jsonl"
-    while process.poll() is None and not (predictions.exists() and predictions.read_text().count("\n") >= 6):
+    process = subprocess.Popen(command, cwd=copy, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL)
+    left = ""
+    while process.poll() is None and left.count("\n") < 6:
+        left = "".join(path.read_text() for path in (copy / "sft/predictions").glob("DocVQA_VAL-*"))
         time.sleep(0.005)
     process.kill()
     process.wait()
-    left = predictions.read_text()
-    assert 6 <= left.count("\n") < 24, "it was killed half-way"
-    predictions.write_text(left + '{"index": "5", "prom')  # as if the disk had been full in the middle of a line
-    again = run_here("eval.py", *options, cwd=tmp_path)
+    predictions, = (copy / "sft/predictions").glob("DocVQA_VAL-*.jsonl")
+    lines = predictions.read_text().splitlines(keepends=True)
+    assert 6 <= len(lines) < 16, "it was killed half-way"
+
+    # As if the disk had been full in the middle of a line: half a batch, and half a line.
+    predictions.write_text("".join(lines[:5]) + lines[5][:20])
+    again = run_here("eval.py", *options, cwd=copy)
     assert again.returncode == 0, again.stderr
     went_on = predictions.read_text()
-    assert went_on.startswith(left), "what was answered was not asked again"
     predictions.unlink()
-    assert run_here("eval.py", *options, cwd=tmp_path).returncode == 0
-    assert predictions.read_text() == went_on and went_on.count("\n") == 24
+    assert run_here("eval.py", *options, cwd=copy).returncode == 0
+    assert predictions.read_text() == went_on and went_on.count("\n") == 16
 
 
-def test_answers_to_another_file_are_not_taken_for_this_one_s(place, tmp_path):
-    for name in ("base", "sft", "tsv"):
-        shutil.copytree(place / name, tmp_path / name, ignore=shutil.ignore_patterns("predictions"))
+def test_whole_batches_are_not_asked_again(place, tmp_path, monkeypatch):
+    batches = []
+
+    def answer(samples, forms):
+        batches.append([sample["where"][-1] for sample in samples])
+        return {form: [f"{form} {len(batches)}" for _ in samples] for form in forms}
+
+    monkeypatch.setattr(ask, "speech", lambda *_: None)
+    args = SimpleNamespace(batch=2, speak="prompt", voice="v", speech="speech")
+    subject = {"forms": ("text", "audio"), "answer": answer}
+    rows, path = ask.bench_rows(place / "tsv/TextVQA_VAL.tsv", None), tmp_path / "p.jsonl"
+    first = ask.predict(subject, None, rows, path, args)
+    assert [first[row["index"]]["audio"] for row in rows] == ["audio 1", "audio 1", "audio 2"]
+    lines = path.read_text().splitlines(keepends=True)
+
+    assert ask.predict(subject, None, rows, path, args) == first and len(batches) == 2
+    path.write_text("".join(lines[1:]))  # the last batch, and half of the first
+    again = ask.predict(subject, None, rows, path, args)
+    assert [again[row["index"]]["text"] for row in rows] == ["text 3", "text 3", "text 2"]
+    assert batches == [["2", "3"], ["4"], ["2", "3"]]
+
+
+def test_answers_to_another_question_are_not_taken_for_this_one_s(copy):
     options = ["sft", "--bench", "tsv/DocVQA_VAL.tsv", "--max-new-tokens", 2]
-    assert run_here("eval.py", *options, cwd=tmp_path).returncode == 0
-    write_tsv(tmp_path / "tsv/DocVQA_VAL.tsv",
+    assert run_here("eval.py", *options, cwd=copy).returncode == 0
+    predictions, = (copy / "sft/predictions").glob("*.jsonl")
+    before = predictions.read_bytes()
+    write_tsv(copy / "tsv/DocVQA_VAL.tsv",
               [{"index": 0, "image": picture("red"), "question": "who?", "answer": "x"}])
-    other = run_here("eval.py", *options, cwd=tmp_path)
-    assert other.returncode == 1 and "another question than" in other.stderr and other.stderr.count("error:") == 1
+    other = run_here("eval.py", *options, cwd=copy)
+    assert other.returncode == 1 and predictions.name in other.stderr
+    assert predictions.read_bytes() == before
 
 
-def test_frozen_models_answer_written_questions_once(place, monkeypatch):
-    asked = []
-    monkeypatch.setattr(ask_benchmarks, "speech", lambda *_: None)
-    args = eval.arguments("").parse_args([])
-    args.batch, args.speak, args.voice, args.speech = 8, "prompt", "v", "speech"
-    rows, texts = ask_benchmarks.bench_rows(place / "tsv/TextVQA_VAL.tsv", None), {}
-
-    def ask(samples, forms):
-        asked.append(tuple(forms))
-        return {form: [f"{form} {s['id']}" for s in samples] for form in forms}
-
-    for run in ("a", "b"):
-        (place / run).mkdir()
-        done = ask_benchmarks.predict(ask, ("text", "audio"), rows, place / run / "p.jsonl", texts, args)
-        assert [row["text"] for row in done] == [f"text {row['index']}" for row in rows]
-    assert asked == [("text", "audio"), ("audio",)]
+def test_weights_that_changed_are_asked_anew(copy):
+    options = ["sft", "--bench", "tsv/DocVQA_VAL.tsv", "--max-new-tokens", 2]
+    assert run_here("eval.py", *options, cwd=copy).returncode == 0
+    path = copy / "sft/model.safetensors"
+    save_file({name: 2 * tensor for name, tensor in load_file(path).items()}, path)
+    assert run_here("eval.py", *options, cwd=copy).returncode == 0
+    assert len(list((copy / "sft/predictions").glob("*.jsonl"))) == 2
 
 
-def test_a_question_alone_is_spoken_and_the_rest_is_read():
+def test_an_lvlm_that_is_no_run_keeps_its_folder_clean(copy):
+    (copy / "base/ollm.json").unlink()
+    before = sorted((copy / "base").iterdir())
+    done = run_here("eval.py", "base", "--bench", "tsv/DocVQA_VAL.tsv", "--max-new-tokens", 2,
+                    cwd=copy)
+    assert done.returncode == 0, done.stderr
+    assert sorted((copy / "base").iterdir()) == before
+    assert len(list((copy / "runs/asked/base/predictions").glob("*.jsonl"))) == 1
+
+
+@pytest.mark.parametrize("names, flags, tiles", [
+    (["DocVQA_VAL"], ["--max-tiles", 2], {"2tiles"}),
+    (["DocVQA_VAL", "MME"], ["--vlmevalkit-tiles"], {"18tiles", "6tiles"})])
+def test_tiles(copy, names, flags, tiles):
+    done = run_here("eval.py", "base", "--bench", *(f"tsv/{name}.tsv" for name in names),
+                    "--max-new-tokens", 1, *flags, cwd=copy)
+    assert done.returncode == 0, done.stderr
+    paths = (copy / "base/predictions").glob("*.jsonl")
+    assert {path.stem.split("-")[-2] for path in paths} == tiles
+
+
+def test_a_question_alone_is_spoken_and_the_rest_is_read(place, tmp_path):
     ollm = build_ollm(torch.float32)
-    wave = data.speak("what is it")[0]
-    sample = {"id": "0", "question": "what is it the circle", "wave": wave, "after": "the circle", "answer": ""}
-    batch = data.collate([sample, {**sample, "after": ""}], ollm.tokenizer, ollm.mel_extractor, ollm.settings,
-                         answers=False)
+    rows = ask.bench_rows(place / "tsv/DocVQA_VAL.tsv", None)
+    waves = []
+    for part in ("prompt", "question"):
+        args = SimpleNamespace(speak=part, voice=VOICES[0], speech=tmp_path)
+        sample = ask.bench_sample(rows[0], ("text", "audio"), ollm.settings, args)
+        assert sample["question"] == rows[0]["prompt"]
+        waves.append(sample["wave"])
+    assert sample["after"] == rows[0]["rest"] and len(waves[0]) > len(waves[1])
+
+    # The rest stands between the speech and the end of the user's turn.
+    sample = {"question": "what is it the circle", "wave": waves[1], "after": "the circle",
+              "answer": ""}
+    batch = data.collate([sample, {**sample, "after": ""}], ollm.tokenizer, ollm.mel_extractor,
+                         ollm.settings, answers=False)
     with_rest, alone = batch["audio"]["ids"].tolist()
-    n, rest = data.audio_tokens(wave), ollm.tokenizer("the circle").input_ids
-    start = with_rest.index(data.AUDIO_SLOT)
-    assert with_rest[start: start + n] == [data.AUDIO_SLOT] * n and with_rest[start + n:][: len(rest)] == rest
-    assert with_rest[start + n + len(rest):] == alone[alone.index(data.AUDIO_SLOT) + n:]
+    slots = [data.AUDIO_SLOT] * data.audio_tokens(waves[1])
+    rest = ollm.tokenizer("the circle").input_ids
+    end = alone[alone.index(data.AUDIO_SLOT) + len(slots):]
+    assert with_rest[with_rest.index(data.AUDIO_SLOT):] == slots + rest + end
 
 
-def test_long_questions_are_spoken_faster_and_kept(tmp_path):
-    slow = ask_benchmarks.speech("one two three", data.VOICES[0], tmp_path)
+def test_long_questions_are_spoken_faster_and_once(tmp_path):
+    slow = ask.speech("one two three", VOICES[0], tmp_path)
     long = " ".join(["seventeen elephants"] * 38)
-    wave = ask_benchmarks.speech(long, data.VOICES[0], tmp_path)
-    assert len(data.speak(long, data.VOICES[0])[0]) > 30 * data.SAMPLE_RATE >= len(wave)
+    wave = ask.speech(long, VOICES[0], tmp_path)
+    assert len(speak(long, VOICES[0])[0]) > 30 * SAMPLE_RATE >= len(wave)
     assert len(list(tmp_path.iterdir())) == 2 and len(slow) < len(wave)
-    assert (ask_benchmarks.speech(long, data.VOICES[0], tmp_path) == wave).all()
-    with pytest.raises(data.BadInput, match="--speak question"):
-        ask_benchmarks.speech(long * 5, data.VOICES[0], tmp_path)
+    assert (ask.speech(long, VOICES[0], tmp_path) == wave).all()
+    with pytest.raises(BadInput):
+        ask.speech(long * 5, VOICES[0], tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["--bench", "nowhere.tsv"], "no such benchmark"),
-    (["--bench", "tsv/none"], "has none of MME.tsv"),
-    (["--bench", "tsv/broken/MME.tsv"], "MME.tsv:1: not a benchmark's table"),
-    (["--endpoint", "http://localhost:1/v1"], "needs --model"),
-    (["--bench", "tsv", "--endpoint", "localhost:1", "--model", "omni"], "http:// or https://"),
-])
-def test_what_cannot_be_asked_is_one_clear_line(place, arguments, message):
-    (place / "tsv/none").mkdir(exist_ok=True)
-    (place / "tsv/broken").mkdir(exist_ok=True)
-    (place / "tsv/broken/MME.tsv").write_text("a\tb\n1\t2\n")
-    done = run_here("eval.py", *([] if "--endpoint" in arguments else ["sft"]), *arguments, cwd=place)
-    assert done.returncode != 0 and message in done.stderr and "Traceback" not in done.stderr
+TOO_LONG = [{"index": 0, "image": picture("red"), "question": "why " * 400, "answer": "x"}]
+BROKEN = [{"index": 0, "image": "x" * 99, "question": "why", "answer": "x"}]
+
+
+@pytest.mark.parametrize("arguments, name", [
+    (["sft", "--bench", "nowhere.tsv"], "nowhere.tsv"), (["sft", "--bench", "none"], "none"),
+    (["sft", "--bench", "MME.tsv"], "MME.tsv:1"),
+    (["sft", "--bench", "DocVQA_VAL.tsv"], "DocVQA_VAL.tsv:2"),
+    (["sft", "--bench", "InfoVQA_VAL.tsv"], "InfoVQA_VAL.tsv:2"),
+    (["--bench", "tsv", "--endpoint", "http://localhost:1/v1"], "--model"),
+    (["--bench", "tsv", "--endpoint", "localhost:1", "--model", "omni"], "localhost:1")])
+def test_what_cannot_be_asked_is_one_clear_line(copy, arguments, name):
+    (copy / "none").mkdir()
+    (copy / "MME.tsv").write_text("a\tb\n1\t2\n")
+    write_tsv(copy / "DocVQA_VAL.tsv", TOO_LONG)
+    write_tsv(copy / "InfoVQA_VAL.tsv", BROKEN)
+    done = run_here("eval.py", *arguments, cwd=copy)
+    error, = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert done.returncode == 1 and name in error and "Traceback" not in done.stderr
+    assert not any(path.stat().st_size for path in copy.rglob("predictions/*.jsonl"))

@@ -1,4 +1,4 @@
-"""Every command that the README or a docstring shows is one that its script takes."""
+"""Every command that a page or a docstring shows is one that its script takes."""
 
 import argparse
 import ast
@@ -9,14 +9,22 @@ import pytest
 from conftest import ROOT, run_here
 from torch.distributed.run import get_args_parser
 
-# The launcher and its options, the script, and words or "quoted words" as far as a comment, a pipe or the end.
-COMMAND = r"""(?:torchrun|python)(?: [^\s;`)|#]+)*? \w+\.py(?: (?:"[^"]*"|[^\s;`)|#"]+))*"""
+# The launcher and its options, the script or module, and words or "quoted words" as far as a
+# comment, a pipe or the end.
+SCRIPT = r"(?:\w+\.py|-m (?:analysis|world)\.\w+)"
+WORD = r"""(?:"[^"]*"|[^\s;`)|#"]+)"""
+COMMAND = rf"(?:torchrun|python)(?: (?!-m )[^\s;`)|#]+)*? {SCRIPT}(?: {WORD})*"
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
+FILES = [path for path in ROOT.rglob("*.py")
+         if "tests" not in path.parts and not path.relative_to(ROOT).parts[0].startswith(".")]
 
 
 def written_commands():
-    """(where, command) of each `python X.py ...` and `torchrun X.py ...` in the README and the docstrings."""
-    texts = {path.name: path.read_text() for path in ROOT.glob("*.md")}
-    texts |= {path.name: ast.get_docstring(ast.parse(path.read_text())) for path in ROOT.glob("*.py")}
+    """Yields (where, command) of each command in the pages and the files' docstrings."""
+    texts = {str(path.relative_to(ROOT)): path.read_text() for path in PAGES}
+    for path in FILES:
+        docstring = ast.get_docstring(ast.parse(path.read_text()))
+        texts[str(path.relative_to(ROOT))] = docstring.replace("\\\\\n", "\\\n")
     for where, text in texts.items():
         text = re.sub(r"\\\n\s*", "", text)  # a command that goes on on the next line
         for match in re.finditer(COMMAND, text):
@@ -27,13 +35,16 @@ COMMANDS = sorted(set(written_commands()))
 
 
 def test_commands_are_found():
-    assert len(COMMANDS) > 60 and len({where for where, _ in COMMANDS}) >= 10
+    assert len(COMMANDS) > 60 and len({where for where, _ in COMMANDS}) >= 12
+    assert sum(" -m " in command for _, command in COMMANDS) >= 6
 
 
-@pytest.mark.parametrize("where, command", COMMANDS, ids=[f"{where}: {command}" for where, command in COMMANDS])
+@pytest.mark.parametrize("where, command", COMMANDS,
+                         ids=[f"{where}: {command}" for where, command in COMMANDS])
 def test_a_command_is_one_that_its_script_takes(where, command, monkeypatch, tmp_path):
     launcher, *words = shlex.split(command.removesuffix(" ..."))
-    script = next(i for i, word in enumerate(words) if word.endswith(".py"))
+    script = next(i for i, word in enumerate(words)
+                  if word.endswith(".py") or words[i - 1] == "-m" and i)
     if launcher == "torchrun":
         get_args_parser().parse_args(words[: script + 1])
     parse = argparse.ArgumentParser.parse_args
@@ -55,17 +66,55 @@ def test_pointers_lead_to_what_they_name():
     pointers = re.findall(r"\[`(\w+)`\]\((\w+\.py)#L(\d+)\)", README)
     assert len(pointers) >= 5
     for name, file, line in pointers:
-        assert f"def {name}(" in (ROOT / file).read_text().splitlines()[int(line) - 1], f"{name}: {file}, line {line}"
+        text = (ROOT / file).read_text().splitlines()[int(line) - 1]
+        assert f"def {name}(" in text, f"{name}: {file}, line {line}"
 
 
-def test_pictures_are_there_and_nothing_is_left_to_fill_in():
-    pictures = re.findall(r"\]\((assets/[^)]+)\)", README)
-    assert len(pictures) >= 4 and all((ROOT / picture).is_file() for picture in pictures)
-    assert not re.findall(r"@[A-Z]+@|TODO", README + (ROOT / "EXERCISES.md").read_text())
+def test_links_and_pictures_are_there_and_nothing_is_left_to_fill_in():
+    for path in PAGES:
+        text = path.read_text()
+        for link in re.findall(r"\]\((?!http|#)([^)#]+)(?:#[^)]*)?\)", text):
+            assert (path.parent / link).exists(), f"{path.name}: {link}"
+        assert not re.findall(r"@[A-Z]+@|TODO|<!--", text), path.name
 
 
-def test_every_file_has_its_place_in_the_reading_order_and_about_as_many_lines():
-    counts = {file: int(lines) for file, lines in re.findall(r"(?m)^\| `(\w+\.py)` \| (\d+) \|", README)}
-    assert counts.keys() == {path.name for path in ROOT.glob("*.py")}
-    for file, lines in counts.items():
-        assert lines == pytest.approx(len((ROOT / file).read_text().splitlines()), rel=0.05), file
+def test_the_readme_names_every_file_and_folder_with_about_as_many_lines():
+    counts = {name: int(lines) for name, lines in
+              re.findall(r"(?m)^\| `([\w./]+)` \| (\d+) \|", README)}
+    folders = {path.relative_to(ROOT).parts[0] + "/" for path in FILES if path.parent != ROOT}
+    assert counts.keys() == {path.name for path in ROOT.glob("*.py")} | folders
+    for name, lines in counts.items():
+        files = [ROOT / name] if name.endswith(".py") else (ROOT / name).rglob("*.py")
+        total = sum(len(path.read_text().splitlines()) for path in files)
+        assert lines == pytest.approx(total, rel=0.05), name
+
+
+def imports(path):
+    """Returns the project's modules that a file imports, as folder or file names."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def test_imports_go_one_way():
+    """The order of the rooms; a file may import what stands before it, and its own folder."""
+    order = ["plumbing", "loss", "real", "world", "data", "model", "train", "benchmarks", "eval",
+             "mmalign", "analysis"]
+    modules = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in FILES}
+    arrows = {name: imports(path) & set(modules.values()) for path, name in modules.items()}
+    for name, others in arrows.items():
+        for other in others:
+            rooms = [order.index(module.split(".")[0]) for module in (other, name)]
+            assert rooms[0] <= rooms[1], f"{name} imports {other}"
+
+    def reachable(name, known):
+        for other in arrows[name] - known:
+            known.add(other)
+            reachable(other, known)
+        return known
+
+    assert not [name for name in arrows if name in reachable(name, set())], "no circle"

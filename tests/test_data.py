@@ -13,8 +13,11 @@ from conftest import build_ollm, run_here
 from PIL import Image
 
 import data
-import shapes
-from data import AUDIO_SLOT, IGNORE, BadInput
+from data import AUDIO_SLOT, IGNORE
+from plumbing.files import BadInput
+from plumbing.media import HELD_OUT_VOICES
+from world import shapes
+from world.models import spread_positions
 
 SETTINGS = {"image_size": 64, "max_tiles": 1}
 
@@ -48,7 +51,7 @@ def test_another_seed_is_another_world_and_may_not_mix(world, tmp_path):
     assert make(other, seed=4).returncode == 0
     assert digest(other)["test/samples.jsonl"] != digest(world)["test/samples.jsonl"]
     mixed = make(other, seed=5)
-    assert mixed.returncode == 1 and "was made with" in mixed.stderr and "Traceback" not in mixed.stderr
+    assert mixed.returncode == 1 and mixed.stderr.count("\n") == 1 and "settings.json" in mixed.stderr
 
 
 def test_scenes_and_voices_of_the_test_part_are_held_out(world):
@@ -82,7 +85,7 @@ def test_speech_is_audible_finite_and_of_a_plausible_length():
     wave, rate = data.speak("what color is the circle")
     assert rate == 16_000 and wave.dtype == np.float32 and 0.6 < len(wave) / rate < 3
     assert np.isfinite(wave).all() and 0.05 < np.abs(wave).max() <= 1
-    data.speak("is there a red star", data.HELD_OUT_VOICES[0])
+    data.speak("is there a red star", HELD_OUT_VOICES[0])
     assert np.array_equal(data.speak("what color is the circle")[0], wave), "whatever was said before"
     slow = data.speak("what color is the circle", words_per_minute=100)[0]
     assert len(slow) > 1.3 * len(wave)
@@ -124,37 +127,36 @@ def test_collate_puts_both_questions_into_one_slot(world):
         written = text["ids"][b][text["mask"][b]]
         decoded = ollm.tokenizer.decode(written)
         assert row["question"] in decoded and decoded.endswith(row["answer"] + " <|im_end|>")
+        turn = f"<|im_end|><|im_start|>assistant\n{row['answer']}<|im_end|>"
+        after = [ids.tolist() for ids in (written[len(ollm.tokenizer(row["question"]).input_ids):],
+                                          audio["ids"][b][audio["mask"][b]][data.audio_tokens(row["wave"]):])]
+        assert after[0] == after[1] == ollm.tokenizer(turn).input_ids
         assert (audio["ids"][b] == AUDIO_SLOT).sum() == data.audio_tokens(row["wave"]) == batch["n_frames"][b] / 4
         supervised = [s["labels"][b][s["labels"][b] != IGNORE] for s in (text, audio)]
         assert torch.equal(*supervised)
         assert ollm.tokenizer.decode(supervised[0]) == row["answer"] + " <|im_end|>"
 
 
-def test_stretched_positions_keep_their_order_and_leave_the_answer_whole():
-    rng = random.Random(0)
-    spread = [data.stretched(6, 10, rng) for _ in range(300)]
+def test_spread_positions_keep_their_order_and_leave_the_answer_whole():
+    positions = spread_positions(seed=0)
+    spread = [positions({"id": str(i)}, 6, 10) for i in range(300)]
     assert all(a < b for row in spread for a, b in zip(row, row[1:])) and all(len(row) == 10 for row in spread)
     assert all(row[6:] == list(range(row[6], row[6] + 4)) for row in spread)
     plain = sum(row == list(range(10)) for row in spread) / 300
     assert 0.3 < plain < 0.55 and 20 < max(row[6] for row in spread) <= 24
-    assert data.stretched(6, 10, None) == list(range(10))
+    assert spread[7] == spread_positions(seed=0)({"id": "7"}, 6, 10), "a function of seed and sample"
 
 
-@pytest.mark.parametrize("line, message", [
-    ('{"id": "x", "answer": "red"', "not JSON"),
-    ('["red"]', "JSON object, not list"),
-    ('{"id": "x", "question": "what", "answer": 3}', "'answer' must be a string"),
-    ('{"id": "x", "question": " ", "answer": "red"}', "question is empty"),
-    ('{"id": "x", "question": "what", "answer": ""}', "answer is missing or empty"),
-    ('{"id": "x", "answer": "red"}', "neither question nor audio"),
-    ('{"id": "x", "question": "what", "answer": "red", "image": "../../secret.png"}', "inside the folder"),
-    ('{"id": "x", "question": "what", "answer": "red", "image": "/etc/secret.png"}', "inside the folder"),
-    ("", "not JSON"),
-])
-def test_a_wrong_line_is_named(folder, line, message):
+@pytest.mark.parametrize("line", [
+    '{"id": "x", "answer": "red"', '["red"]', '{"id": "x", "question": "what", "answer": 3}',
+    '{"id": "x", "question": " ", "answer": "red"}', '{"id": "x", "question": "what", "answer": ""}',
+    '{"id": "x", "answer": "red"}', "",
+    '{"id": "x", "question": "what", "answer": "red", "image": "../../secret.png"}',
+    '{"id": "x", "question": "what", "answer": "red", "image": "/etc/secret.png"}'])
+def test_a_wrong_line_is_named(folder, line):
     lines = (folder / "samples.jsonl").read_text().splitlines()
     (folder / "samples.jsonl").write_text("\n".join([*lines[:4], line, *lines[4:]]) + "\n")
-    with pytest.raises(BadInput, match=message) as error:
+    with pytest.raises(BadInput) as error:
         data.Samples(folder, SETTINGS)
     assert "samples.jsonl:5:" in str(error.value) and "\n" not in str(error.value)
 
@@ -186,7 +188,7 @@ def test_an_unwritable_place_is_one_line(tmp_path):
 
 
 def test_unknown_values_are_refused(tmp_path):
-    for arguments in (["shapes", "--label-noise", "2"], ["shapes", "--parts", "none"], ["speak", ""],
+    for arguments in (["shapes", "--parts", "none"], ["speak", ""], ["speak", "red", "--out", "a.mp3"],
                       ["speak", "red", "--voice", "martian"], ["tea"]):
         made = run_here("data.py", *arguments, cwd=tmp_path)
         assert made.returncode != 0 and "Traceback" not in made.stderr and made.stderr.strip(), arguments

@@ -10,37 +10,40 @@ import time
 import numpy as np
 import pytest
 import soundfile
-from PIL import Image
-
-import endpoint
 from conftest import run_here
-from data import SAMPLE_RATE, BadInput
+from PIL import Image
 from test_bench_tsv import write_benchmarks
 
-SAMPLE = {"image": Image.new("RGB", (5, 4), (10, 200, 30)), "question": "How many? Answer briefly.",
-          "wave": np.linspace(-0.5, 0.5, 800, dtype=np.float32), "after": "\nAnswer briefly."}
+from benchmarks import endpoint
+from plumbing.files import BadInput
+from plumbing.media import SAMPLE_RATE
+
+SAMPLE = {"image": Image.new("RGB", (5, 4), (10, 200, 30)),
+          "question": "How many? Answer briefly.", "after": "\nAnswer briefly.",
+          "wave": np.linspace(-0.5, 0.5, 800, dtype=np.float32)}
 
 
 @pytest.fixture
 def server(monkeypatch):
-    """(its URL, what it was sent, a list of what it shall do next: a status, a body, or seconds to wait)."""
+    """(its URL, what it was sent, what it shall do next: a status, a body, or seconds to wait)."""
     monkeypatch.setattr(endpoint, "WAIT", 0.01)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    seen, todo = [], []
+    requests, todo = [], []
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            seen.append((self.path, dict(self.headers), body))
+            requests.append((self.path, dict(self.headers), body))
             action = todo.pop(0) if todo else 200
             if isinstance(action, float):
                 time.sleep(action)
-            status, text = action if isinstance(action, tuple) else (action if isinstance(action, int) else 200, None)
-            answer = text or json.dumps({"choices": [{"message": {"content": f"answer {len(seen)}"}}]})
+                action = 200
+            usual = {"choices": [{"message": {"content": f"answer {len(requests)}"}}]}
+            status, text = action if isinstance(action, tuple) else (action, json.dumps(usual))
             try:
                 self.send_response(status)
                 self.end_headers()
-                self.wfile.write(answer.encode())
+                self.wfile.write(text.encode())
             except OSError:  # whoever asked has given up
                 pass
 
@@ -49,15 +52,20 @@ def server(monkeypatch):
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
         threading.Thread(target=running.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{running.server_port}/v1", seen, todo
+        yield f"http://127.0.0.1:{running.server_port}/v1", requests, todo
         running.shutdown()
 
 
+def answer(url, form="text", **changes):
+    """The server's answer to the sample."""
+    return endpoint.answer(url, "omni", [{**SAMPLE, **changes}], (form,), 7)[form][0]
+
+
 def test_a_text_question_is_sent_with_its_picture(server):
-    url, seen, _ = server
-    assert endpoint.answers(url, "omni", [SAMPLE], ("text",), 7) == {"text": ["answer 1"]}
-    path, headers, body = seen[0]
-    assert path == "/v1/chat/completions" and "Authorization" not in headers
+    url, requests, _ = server
+    assert answer(url) == "answer 1"
+    path, headers, body = requests[0]
+    assert path == "/v1/chat/completions" and "authorization" not in map(str.lower, headers)
     assert (body["model"], body["temperature"], body["max_tokens"]) == ("omni", 0, 7)
     (message,) = body["messages"]
     picture, text = message["content"]
@@ -68,58 +76,74 @@ def test_a_text_question_is_sent_with_its_picture(server):
 
 
 def test_a_spoken_question_is_sent_as_wav_with_what_follows_it(server, monkeypatch):
-    url, seen, _ = server
+    url, requests, _ = server
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
-    endpoint.answers(url, "omni", [SAMPLE], ("audio",), 7)
-    _, speech, after = seen[0][2]["messages"][0]["content"]
-    assert seen[0][1]["Authorization"] == "Bearer secret"
-    assert after == {"type": "text", "text": "Answer briefly."} and speech["input_audio"]["format"] == "wav"
-    wave, rate = soundfile.read(io.BytesIO(base64.b64decode(speech["input_audio"]["data"])), dtype="float32")
+    assert answer(url, "audio") == "answer 1"
+    _, headers, body = requests[0]
+    _, speech, after = body["messages"][0]["content"]
+    assert headers["Authorization"] == "Bearer secret"
+    assert after == {"type": "text", "text": "Answer briefly."}
+    assert speech["type"] == "input_audio" and speech["input_audio"]["format"] == "wav"
+    wav = io.BytesIO(base64.b64decode(speech["input_audio"]["data"]))
+    wave, rate = soundfile.read(wav, dtype="float32")
     assert rate == SAMPLE_RATE and np.abs(wave - SAMPLE["wave"]).max() < 1e-4
-    endpoint.answers(url, "omni", [{**SAMPLE, "after": ""}], ("audio",), 7)
-    assert [part["type"] for part in seen[1][2]["messages"][0]["content"]] == ["image_url", "input_audio"]
+
+    answer(url, "audio", after="")
+    content = requests[1][2]["messages"][0]["content"]
+    assert [part["type"] for part in content] == ["image_url", "input_audio"]
 
 
-@pytest.mark.parametrize("failure", [429, 500, 503, (200, "not JSON"), (200, '{"choices": []}'), (200, "[1]")])
+@pytest.mark.parametrize("failure", [429, 500, 503, (200, "not JSON"), (200, '{"choices": []}'),
+                                     (200, "[1]")])
 def test_a_failure_that_may_pass_is_asked_again(server, failure):
-    url, seen, todo = server
+    url, requests, todo = server
     todo += [failure, failure]
-    assert endpoint.ask(url, "omni", SAMPLE, "text", 7) == "answer 3" and len(seen) == 3
+    assert answer(url) == "answer 3" and len(requests) == 3
     todo += [failure] * endpoint.TRIES
-    with pytest.raises(BadInput, match="goes on from there"):
-        endpoint.ask(url, "omni", SAMPLE, "text", 7)
-    assert len(seen) == 3 + endpoint.TRIES
+    with pytest.raises(BadInput):
+        answer(url)
+    assert len(requests) == 3 + endpoint.TRIES
 
 
 def test_a_refusal_is_not_asked_again(server):
-    url, seen, todo = server
+    url, requests, todo = server
     todo += [(401, "no such\nkey")]
     with pytest.raises(BadInput, match="401.*no such key") as error:
-        endpoint.ask(url, "omni", SAMPLE, "text", 7)
-    assert len(seen) == 1 and "\n" not in str(error.value)
+        answer(url)
+    assert len(requests) == 1 and "\n" not in str(error.value)
 
 
 def test_a_server_that_hangs_or_is_not_there(server, monkeypatch):
-    url, seen, todo = server
+    url, requests, todo = server
     monkeypatch.setattr(endpoint, "TIMEOUT", 0.2)
     todo += [1.0]
-    assert endpoint.ask(url, "omni", SAMPLE, "text", 7) == "answer 2"
+    assert answer(url) == "answer 2"
     monkeypatch.setattr(endpoint, "TRIES", 2)
     with pytest.raises(BadInput, match="after 2 tries"):
-        endpoint.ask("http://127.0.0.1:1/v1", "omni", SAMPLE, "text", 7)
+        answer("http://127.0.0.1:1/v1")
 
 
-def test_a_server_s_model_stands_in_the_table_and_goes_on_after_a_failure(server, tmp_path, monkeypatch):
-    url, seen, todo = server
-    monkeypatch.chdir(tmp_path)
+@pytest.mark.parametrize("url", ["localhost:1", "file:///etc/hosts", "nowhere", ""])
+def test_an_address_that_is_none_is_not_tried_again(url, monkeypatch):
+    monkeypatch.setattr(endpoint, "WAIT", 1000)
+    with pytest.raises(BadInput):
+        answer(url)
+
+
+def test_a_server_s_model_stands_in_the_table_and_goes_on_after_a_failure(server, tmp_path,
+                                                                          monkeypatch):
+    url, requests, todo = server
     monkeypatch.setattr(endpoint, "TRIES", 1)
     write_benchmarks(tmp_path)
-    command = ["eval.py", "--endpoint", url, "--model", "some/omni", "--batch", 2, "--bench", "MME.tsv",
-               "ChartQA_TEST.tsv"]
+    command = ["eval.py", "--endpoint", url, "--model", "some/omni", "--batch", 2,
+               "--bench", "MME.tsv", "ChartQA_TEST.tsv"]
     todo += [200] * 4 + [500]  # the first batch's four answers, then a failure
     stopped = run_here(*command, cwd=tmp_path)
-    assert stopped.returncode == 1 and "goes on from there" in stopped.stderr and len(seen) == 5
+    assert stopped.returncode == 1 and url in stopped.stderr and len(requests) == 5
+
     done = run_here(*command, cwd=tmp_path)
-    assert done.returncode == 0 and "some/omni, audio" in done.stdout and "CQA^H" in done.stdout, done.stderr
-    assert len(seen) == 5 + 4 + 6, "MME's second batch and ChartQA's three rows, each in writing and aloud"
+    assert done.returncode == 0, done.stderr
+    assert "some/omni, audio" in done.stdout and "CQA^H" in done.stdout
+    # MME's second batch and ChartQA's three rows, each in writing and aloud.
+    assert len(requests) == 5 + 4 + 6
     assert len(list((tmp_path / "runs/endpoint/some-omni/predictions").glob("*.jsonl"))) == 2

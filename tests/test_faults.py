@@ -15,18 +15,19 @@ import pytest
 import torch
 from conftest import ROOT, run_here, run_script
 from safetensors.torch import load_file, save_file
-from test_train import losses, same_steps
+from test_train import FLOAT64, losses, same_steps
 from torch.nn.parallel import DistributedDataParallel
 
-import faults
 import train
-from faults import BadInput
+from plumbing.checkpoint import Resumable
+from plumbing.files import BadInput, only_writer, readable_errors, written_whole
+from plumbing.processes import set_up_processes
 
 
 def begin(*arguments, cwd, torchrun=()):
-    """Starts train.py as a user would, on as many processes as torchrun is told."""
+    """Starts train.py (in double precision) on as many processes as torchrun is told."""
     launcher = [sys.executable, *(["-m", "torch.distributed.run", *map(str, torchrun)] if torchrun else [])]
-    return subprocess.Popen([*launcher, str(ROOT / "train.py"), *map(str, arguments)], cwd=cwd, text=True,
+    return subprocess.Popen([*launcher, str(ROOT / FLOAT64), *map(str, arguments)], cwd=cwd, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
@@ -67,7 +68,7 @@ def options(start, world, tmp_path_factory):
     (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for name in ("images", "audio"):
         (folder / name).symlink_to(world / "vision-audio" / name)
-    return ["--init", start / "audio", "--data", folder, "--global-batch", 5, "--micro-batch", 3, "--float64",
+    return ["--init", start / "audio", "--data", folder, "--global-batch", 5, "--micro-batch", 3,
             "--device", "cpu"]
 
 
@@ -75,13 +76,13 @@ def options(start, world, tmp_path_factory):
 def undisturbed(options, tmp_path_factory):
     """The same in one process, left alone."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    done = run_here("train.py", *options, "--out", folder / "run", cwd=folder)
+    done = run_here(FLOAT64, *options, "--out", folder / "run", cwd=folder)
     assert done.returncode == 0 and len(losses(folder / "run")) == 20, done.stderr
     return folder / "run"
 
 
 def test_two_processes_compute_the_same_steps_as_one(options, undisturbed, tmp_path):
-    done = run_script("train.py", *options, "--out", tmp_path / "run", cwd=tmp_path, processes=2)
+    done = run_script(FLOAT64, *options, "--out", tmp_path / "run", cwd=tmp_path, processes=2)
     assert done.returncode == 0, done.stderr
     same_steps(tmp_path / "run", undisturbed)
     states = [load_file(folder / "model.safetensors") for folder in (tmp_path / "run", undisturbed)]
@@ -90,9 +91,9 @@ def test_two_processes_compute_the_same_steps_as_one(options, undisturbed, tmp_p
 
 
 def test_answering_by_itself_is_the_same_on_two_processes(options, tmp_path):
-    options = [*options, "--on-policy", 0.5, "--divergence", "reverse"]
-    one = run_here("train.py", *options, "--out", tmp_path / "one", cwd=tmp_path)
-    two = run_script("train.py", *options, "--out", tmp_path / "two", cwd=tmp_path, processes=2)
+    options = [*options, "--on-policy", 0.5]
+    one = run_here(FLOAT64, *options, "--out", tmp_path / "one", cwd=tmp_path)
+    two = run_script(FLOAT64, *options, "--out", tmp_path / "two", cwd=tmp_path, processes=2)
     assert one.returncode == 0 and two.returncode == 0, one.stderr + two.stderr
     same_steps(tmp_path / "one", tmp_path / "two")
     alone = [line["step"] for line in losses(tmp_path / "one") if line["ce"] == 0]
@@ -112,34 +113,33 @@ def test_torchrun_is_killed_and_one_process_goes_on(options, undisturbed, tmp_pa
     while our_processes(out) and time.time() < deadline:
         time.sleep(0.1)
     assert not our_processes(out) and not (out / "ollm.json").exists()
-    other = run_here("train.py", *options, "--alpha", 0, "--out", out, cwd=tmp_path)
+    other = run_here(FLOAT64, *options, "--alpha", 0, "--out", out, cwd=tmp_path)
     assert other.returncode == 1 and "another training (alpha is 0.75 there and 0.0 here)" in other.stderr
-    again = run_here("train.py", *options, "--out", out, cwd=tmp_path)
+    again = run_here(FLOAT64, *options, "--out", out, cwd=tmp_path)
     assert again.returncode == 0 and "going on after step" in again.stdout, again.stderr
     same_steps(out, undisturbed)
     assert sorted(path.name for path in out.glob("*.safetensors")) == ["model.safetensors"]
-    other = run_here("train.py", *options, "--lr", 1e-4, "--out", out, cwd=tmp_path)
+    other = run_here(FLOAT64, *options, "--lr", 1e-4, "--out", out, cwd=tmp_path)
     assert other.returncode == 1 and "finished run of another training (lr is 0.001 there" in other.stderr
 
 
 def first_step(folder):
-    """In each of train.py's processes: loss and gradient of the first step that its command line asks for."""
+    """In each of train.py's processes: loss and gradient of the first step of its command line."""
     args = train.parse_arguments()
-    rank, world, device = train.set_up_processes(args.device)
-    training, _, chosen = train.describe(args, args.stage, None, asked=True)
-    ollm, _ = train.prepare_model(args, args.stage, training["init"], None, device)
-    steps = train.epoch_of(training, ollm, chosen["micro_batch"], rank, world)
-    wrapped = DistributedDataParallel(ollm) if world > 1 else ollm
-    loss, *_ = train.total(train.train_step(wrapped, steps[0], training, device, world), device)
+    rank, world_size, device = set_up_processes(args.device)
+    config, _ = train.configure(args, args.stage)
+    ollm = train.start_model(config).to(device)
+    epoch = train.make_epoch(config, ollm, rank, world_size)
+    wrapped = DistributedDataParallel(ollm) if world_size > 1 else ollm
+    loss, *_ = train.forward_backward(wrapped, epoch[0], config["alpha"], 1.0, device, world_size)
     gradients = {name: p.grad for name, p in ollm.named_parameters() if p.grad is not None}
-    save_file({**gradients, "loss": torch.tensor(loss)}, Path(folder) / f"{world}-{rank}")
+    save_file({**gradients, "loss": torch.tensor(loss)}, Path(folder) / f"{world_size}-{rank}")
 
 
 def test_first_loss_and_gradient_in_float32(options, tmp_path):
     script = tmp_path / "first.py"
     script.write_text(f"import sys\nsys.path[:0] = {[str(ROOT), str(ROOT / 'tests')]}\n"
                       f"import test_faults\ntest_faults.first_step({str(tmp_path)!r})\n")
-    options = [option for option in options if option != "--float64"]
     for processes in (0, 2):
         done = run_script(script, *options, cwd=tmp_path, processes=processes)
         assert done.returncode == 0, done.stderr
@@ -163,7 +163,7 @@ def test_a_signal_stops_after_the_step_and_saves_it(number, options, undisturbed
     assert process.returncode == 130 and last.startswith("interrupted: vision-audio stands at"), errors
     assert "Traceback" not in errors and f"saved in {out}" in last and "same command" in last
     assert f"stands at {len(losses(out))} of 20 steps" in last
-    again = run_here("train.py", *options, "--out", out, cwd=tmp_path)
+    again = run_here(FLOAT64, *options, "--out", out, cwd=tmp_path)
     assert again.returncode == 0 and f"going on after step {last.split()[4]} " in again.stdout
     assert (out / "model.safetensors").read_bytes() == (undisturbed / "model.safetensors").read_bytes()
 
@@ -210,8 +210,9 @@ def test_a_full_disk_keeps_the_checkpoint_before(options, tmp_path):
     process.kill()
     process.communicate()
     before = (out / "checkpoint.safetensors").read_bytes()
-    full = run_script("train.py", *options, "--save-every", 1, "--out", out, cwd=tmp_path, largest_file=300_000)
-    assert full.returncode == 1 and "could not save the checkpoint" in full.stderr and "Traceback" not in full.stderr
+    full = run_script(FLOAT64, *options, "--save-every", 1, "--out", out, cwd=tmp_path, largest_file=300_000)
+    assert full.returncode == 1 and "checkpoint.safetensors: could not be saved" in full.stderr
+    assert "Traceback" not in full.stderr
     assert (out / "checkpoint.safetensors").read_bytes() == before and not list(out.glob(".*.tmp"))
 
 
@@ -227,47 +228,53 @@ def test_what_has_had_no_gradient_yet_goes_on_as_exactly(tmp_path):
         (layers["often"].square().sum() + (layers["seldom"].square().sum() if i % 3 == 1 else 0)).backward()
         optimizer.step()
 
+    def resumable(layers, optimizer):
+        return Resumable(tmp_path, {"stage": "x"}, layers, optimizer, 1, torch.device("cpu"))
+
     straight, resumed = start(), start()
     for i in range(7):
         step(*straight, i)
         step(*resumed, i)
-        faults.save_checkpoint(tmp_path / "checkpoint.safetensors", i + 1, *resumed, {})
+        resumable(*resumed).save(i + 1)
         resumed = start()
-        assert faults.load_checkpoint(tmp_path / "checkpoint.safetensors", *resumed, {}) == i + 1
+        assert resumable(*resumed).first == i + 1
+        (tmp_path / "checkpoint.safetensors").unlink()
     assert all(torch.equal(straight[0][name], resumed[0][name]) for name in straight[0])
 
 
 def test_one_writer_a_folder_and_its_lock_dies_with_it(tmp_path):
-    holder = subprocess.Popen([sys.executable, "-c", "import sys, time, faults\nwith faults.only_writer(sys.argv[1]):\n"
+    holder = subprocess.Popen([sys.executable, "-c", "import sys, time\nfrom plumbing.files import only_writer\n"
+                               "with only_writer(sys.argv[1]):\n"
                                " print('held', flush=True)\n time.sleep(60)", str(tmp_path / "run")], cwd=ROOT,
                               stdout=subprocess.PIPE)
     assert holder.stdout.readline() == b"held\n"
     (tmp_path / "run/.model.safetensors.7.tmp").write_text("half")
-    with pytest.raises(BadInput, match="another process writes there"), faults.only_writer(tmp_path / "run", 0.3):
+    with pytest.raises(BadInput, match="run: "), only_writer(tmp_path / "run", 0.3):
         pass
     holder.kill()
     holder.wait()
-    with faults.only_writer(tmp_path / "run", 0):
+    with only_writer(tmp_path / "run", 0):
         assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"], "what was half done is removed"
 
 
 def test_a_file_is_whole_or_as_it_was(tmp_path):
     path = tmp_path / "file"
     path.write_text("before")
-    with pytest.raises(ZeroDivisionError), faults.written_whole(path, sync=True) as temporary:
+    with pytest.raises(ZeroDivisionError), written_whole(path, sync=True) as temporary:
         temporary.write_text("half")
         1 / 0
     assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
-    with faults.written_whole(path, sync=True) as temporary:
+    with written_whole(path, sync=True) as temporary:
         temporary.write_text("after")
     assert path.read_text() == "after" and list(tmp_path.iterdir()) == [path]
 
 
 def test_a_worker_that_is_killed_is_an_error_and_no_hang(tmp_path):
-    program = ("import os, data, faults\nwith faults.readable_errors(), data.workers() as pool:\n"
+    program = ("import os\nfrom plumbing.files import readable_errors\n"
+               "from plumbing.processes import workers\nwith readable_errors(), workers() as pool:\n"
                " list(pool.map(os._exit, [1, 1]))")
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 1 and done.stderr.startswith("error: a worker process was killed")
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and "was killed" in done.stderr
     assert done.stderr.count("\n") == 1
 
 
@@ -289,9 +296,9 @@ def refuse():
 
 
 @pytest.mark.parametrize("fail, message", [(refuse, "error: samples.jsonl:3: the image is broken"),
-                                           (functools.partial(os._exit, 1), "error: another process of this job")])
+                                           (functools.partial(os._exit, 1), "error: DataLoader worker")])
 def test_what_goes_wrong_where_data_is_read_ahead_is_one_line(fail, message):
     loader = torch.utils.data.DataLoader(Spoilt(fail), batch_size=None, num_workers=1)
-    with pytest.raises(SystemExit) as exit, faults.readable_errors():
+    with pytest.raises(SystemExit) as exit, readable_errors():
         list(loader)
     assert str(exit.value).startswith(message) and "\n" not in str(exit.value)

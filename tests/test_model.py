@@ -1,19 +1,21 @@
 """The shared prefix, the paired forward, listening, generation and runs on disk, against plain references."""
 
 import json
+import os
 import shutil
 
 import numpy as np
 import pytest
 import torch
-from conftest import build_ollm, collate
+from conftest import build_ollm, collate, save_runs
 from PIL import Image
 
-import bench
 import data
-import model
-from data import IGNORE, BadInput
-from loss import chunked_self_kd_loss
+from analysis import bench
+from data import IGNORE
+from loss import self_kd_loss
+from model import OLLM
+from plumbing.files import BadInput
 
 QUESTIONS = ("what color is the circle", "is there a red star", "tell me what the picture shows", "count the things")
 ANSWERS = ("red", "yes there is", "a red circle and a blue star", "two")
@@ -54,64 +56,48 @@ def test_shared_prefix_equals_two_full_passes(max_tiles, alpha):
         assert (a - b).norm() <= 1e-9 * b.norm() + 1e-15
 
 
-def test_its_own_answers_are_scored_as_by_two_full_passes():
-    """A batch padded on the left, answers of several lengths behind it, against each sample alone."""
-    ollm = build_ollm()
-    samples = make_samples(ollm)
-    batch = ollm.answer_itself(collate(ollm, samples, answers=False), max_new_tokens=6)
-    alone = [ollm.answer_itself(collate(ollm, [sample], answers=False), max_new_tokens=6) for sample in samples]
-    counts = [int((one["audio"]["labels"] != IGNORE).sum()) for one in alone]
-    for row, one in zip(batch["audio"]["labels"], alone):
-        assert row[row != IGNORE].tolist() == one["audio"]["labels"][one["audio"]["labels"] != IGNORE].tolist()
-    theirs = sum(n * bench.textbook(ollm, one, 1.0) for n, one in zip(counts, alone)) / sum(counts)
-    torch.testing.assert_close(ollm(batch, 1.0)[0], theirs, rtol=1e-9, atol=0)
-
-
-def test_teaching_does_not_change_the_student():
+def test_the_teacher_changes_neither_the_student_nor_gets_a_gradient():
     ollm = build_ollm()
     batch = collate(ollm, make_samples(ollm))
-    alone, taught = ollm.paired(batch, teach=False)[0], ollm.paired(batch, teach=True)[0]
-    assert torch.equal(alone, taught)
+    trained = [p for p in ollm.parameters() if p.requires_grad]
+    (loss, kl, ce), (alone, *_) = ollm(batch, alpha=0.5), ollm(batch, alpha=0.0)
+    assert torch.equal(ce, alone) and kl > 0
+    assert not any(p.requires_grad for p in ollm.lvlm.parameters())
+    # KL + CE: were the teacher differentiated as well, the sum of the parts would not be the whole.
+    parts = [torch.autograd.grad(0.5 * term, trained, retain_graph=True) for term in (kl, ce)]
+    for whole, *both in zip(torch.autograd.grad(loss, trained), *parts):
+        torch.testing.assert_close(whole, sum(both))
 
 
-def test_half_precision_leaves_the_rotations_of_far_positions_alone():
-    ollm = build_ollm(torch.float32)
-    before = ollm.lvlm.model.language_model.rotary_emb.inv_freq.clone()
-    model.to_bfloat16(ollm.lvlm)
-    assert torch.equal(ollm.lvlm.model.language_model.rotary_emb.inv_freq, before)
-    assert {p.dtype for p in ollm.lvlm.parameters()} == {torch.bfloat16}
-
-
-def test_teacher_has_no_gradient_and_student_has():
-    ollm = build_ollm()
-    student, teacher, _ = ollm.paired(collate(ollm, make_samples(ollm)), teach=True)
-    assert student.requires_grad and not teacher.requires_grad
-
-
-def test_last_prompt_position_predicts_a_one_token_answer():
+def test_last_prompt_position_predicts_a_one_token_answer(monkeypatch):
+    """The loss moves with the hidden states that predict the answer, and with no others."""
     ollm = build_ollm()
     batch = collate(ollm, make_samples(ollm)[:1])
     labels = batch["audio"]["labels"]
     first = int((labels[0] != IGNORE).nonzero()[0])
-    hidden = ollm.suffix(ollm.prefix(batch), batch["audio"], ollm.hear(batch["mel"], batch["n_frames"]))[0].detach()
+    prefix, audio = ollm.encode_prefix(batch), ollm.hear(batch["mel"], batch["n_frames"])
+    hidden = ollm.continue_prefix(prefix, batch["audio"], audio)[0].detach()  # (1, S, D)
 
     def loss(student):
-        states, answer = ollm.answer_states(student, labels)
-        return chunked_self_kd_loss(states, ollm.answer_states(hidden, labels)[0], ollm.lvlm.lm_head, answer, 0.75)[0]
+        monkeypatch.setattr(ollm, "continue_prefix", lambda *_: (student, None))
+        logits, answer = ollm.answer_logits(prefix, batch["audio"])
+        monkeypatch.undo()
+        return self_kd_loss(logits, None, answer, 0.0)[0]
 
     def moved(position):
         student = hidden.clone()
         student[0, position] += torch.randn(hidden.size(-1), dtype=hidden.dtype)
         return student
 
-    assert loss(moved(first - 1)) != loss(hidden), "the last prompt position predicts the first answer token"
+    assert loss(moved(first - 1)) != loss(hidden), "the last prompt position predicts the first token"
     assert loss(moved(first)) != loss(hidden), "the answer's last word predicts <|im_end|>"
     assert loss(moved(first - 2)) == loss(moved(first + 1)) == loss(hidden)
 
 
 def test_end_of_answer_is_supervised():
     ollm = build_ollm()
-    _, _, labels = ollm.paired(collate(ollm, make_samples(ollm)[:1]), teach=False)
+    batch = collate(ollm, make_samples(ollm)[:1])
+    _, labels = ollm.answer_logits(ollm.encode_prefix(batch), batch["text"])
     assert ollm.tokenizer.convert_ids_to_tokens(labels) == ["red", "<|im_end|>"]
 
 
@@ -120,7 +106,7 @@ def test_different_answers_for_teacher_and_student_are_refused():
     batch = collate(ollm, make_samples(ollm))
     batch["text"]["labels"][batch["text"]["labels"] != IGNORE] = 5
     with pytest.raises(AssertionError, match="same answer tokens"):
-        ollm.paired(batch, teach=True)
+        ollm(batch, alpha=0.75)
 
 
 @pytest.mark.parametrize("stage, trained", [("vision-text", "lvlm."), ("audio-text", ("audio_encoder.", "projector.")),
@@ -145,7 +131,7 @@ def test_a_clip_sounds_the_same_in_any_company(samples):
     wave, other = data.speak("is there a red star")[0][:samples], data.speak("tell me what the picture shows")[0]
 
     def hear(waves):
-        mel, n_frames = data.mels(ollm.mel_extractor, waves)
+        mel, n_frames = data.mel_spectrograms(ollm.mel_extractor, waves)
         return ollm.hear(mel.double(), n_frames)[0, : data.audio_tokens(wave)]
 
     torch.testing.assert_close(hear([wave]), hear([wave, other]), rtol=1e-10, atol=1e-12)
@@ -156,7 +142,7 @@ def test_hearing_equals_whisper_on_thirty_seconds():
     ollm = build_ollm()
     wave = np.zeros(30 * data.SAMPLE_RATE, np.float32)
     wave[:16_000] = data.speak("is there a red star")[0][:16_000]
-    mel, n_frames = data.mels(ollm.mel_extractor, [wave])
+    mel, n_frames = data.mel_spectrograms(ollm.mel_extractor, [wave])
     theirs = ollm.audio_encoder(mel.double()).last_hidden_state  # (1, 1500, W)
     theirs = ollm.projector(theirs.unflatten(1, (750, 2)).mean(2))
     torch.testing.assert_close(ollm.hear(mel.double(), n_frames), theirs, rtol=1e-9, atol=1e-11)
@@ -169,8 +155,8 @@ def test_batched_generation_equals_one_by_one(form):
 
     def generate(samples):
         batch = collate(ollm, samples, answers=False)
-        heard = ollm.hear(batch["mel"], batch["n_frames"]) if form == "audio" else None
-        return ollm.generate(ollm.prefix(batch), batch[form], heard, max_new_tokens=12)
+        audio = ollm.hear(batch["mel"], batch["n_frames"]) if form == "audio" else None
+        return ollm.generate(ollm.encode_prefix(batch), batch[form], audio, max_new_tokens=12)
 
     together = generate(samples)
     assert together == [generate([s])[0] for s in samples]
@@ -181,12 +167,43 @@ def test_greedy_generation_equals_the_native_model_s():
     ollm = build_ollm()
     sample = make_samples(ollm)[0]
     batch = collate(ollm, [sample], answers=False)
-    ours = ollm.generate(ollm.prefix(batch), batch["text"], max_new_tokens=10)[0]
+    ours = ollm.generate(ollm.encode_prefix(batch), batch["text"], max_new_tokens=10)[0]
     ids = torch.cat([batch["prefix"]["ids"], batch["text"]["ids"]], 1)
     new = ollm.lvlm.generate(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=batch["pixels"],
                              max_new_tokens=10, do_sample=False, pad_token_id=ollm.tokenizer.pad_token_id,
                              eos_token_id=ollm.tokenizer.eos_token_id)[0, ids.size(1):]
     assert ours == ollm.tokenizer.decode(new, skip_special_tokens=True).strip()
+
+
+def test_a_model_that_says_the_padding_token_goes_on():
+    """<|endoftext|> pads prompts; inside an answer it is a token like any other."""
+    ollm = build_ollm()
+    batch = collate(ollm, make_samples(ollm)[:2], answers=False)
+    words = [ollm.tokenizer.convert_tokens_to_ids(w) for w in ("<|endoftext|>", "red", "<|im_end|>", "blue")]
+    answers = iter([[words[0], words[1]], [words[1], words[2]], [words[2], words[3]]])
+
+    class Head(torch.nn.Module):
+        def forward(self, hidden):
+            return torch.nn.functional.one_hot(torch.tensor(next(answers)), len(ollm.tokenizer)).double()
+
+    ollm.lvlm.lm_head = Head()
+    prefix = ollm.encode_prefix(batch)
+    assert ollm.generate(prefix, batch["text"]) == ["red", "red"]
+
+
+@pytest.mark.parametrize("limit, ends", [(48, True), (2, False)])
+def test_an_answer_of_its_own_is_scored_as_by_two_full_passes(limit, ends):
+    """On-policy: what the student says is collated again. One cut at the limit gets no end mark."""
+    ollm = build_ollm()
+    sample = make_samples(ollm)[2]
+    text, = ollm.answer([sample], ("audio",), max_new_tokens=limit, keep_end=True)["audio"]
+    if ends:
+        text = "red <|im_end|>"  # random weights hardly ever end
+    batch = collate(ollm, [{**sample, "answer": text, "end": ""}])
+    labels = batch["audio"]["labels"]
+    scored = ollm.tokenizer.convert_ids_to_tokens(labels[labels != IGNORE])
+    assert scored == text.split() and ("<|im_end|>" in scored) == ends
+    torch.testing.assert_close(ollm(batch, 1.0)[0], bench.textbook(ollm, batch, 1.0), rtol=1e-9, atol=0)
 
 
 # ---- runs on disk ----
@@ -195,38 +212,40 @@ def test_greedy_generation_equals_the_native_model_s():
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """A base run and an audio run on it, with random weights."""
-    folder, ollm = tmp_path_factory.mktemp("runs"), build_ollm(torch.float32)
-    model.save_run(ollm, folder / "base", {"stage": "vision-text", "alpha": 0.0, "seed": 0})
-    model.save_run(ollm, folder / "audio", {"stage": "audio-text", "alpha": 0.0, "seed": 0}, base=folder / "base")
-    return folder, ollm
+    folder = tmp_path_factory.mktemp("runs")
+    return save_runs(folder)
 
 
 def test_save_and_load_round_trip(runs):
-    folder, ollm = runs
-    loaded = model.load_run(folder / "audio")
-    assert all(torch.equal(a, b) for a, b in zip(ollm.state_dict().values(), loaded.state_dict().values(), strict=True))
+    ollm, loaded = build_ollm(torch.float32), OLLM.load(runs / "audio")
+    states = ollm.state_dict().values(), loaded.state_dict().values()
+    assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
     samples = make_samples(ollm)
-    assert torch.equal(ollm(collate(ollm, samples), 0.75)[0], loaded(collate(loaded, samples), 0.75)[0])
-    assert not list(folder.glob("*/.saving")) and not list(folder.rglob("*.pt")) + list(folder.rglob("*.bin"))
+    ours, theirs = (one(collate(one, samples), 0.75)[0] for one in (ollm, loaded))
+    assert torch.equal(ours, theirs)
+    assert not list(runs.glob("*/.saving*")) and not [*runs.rglob("*.pt"), *runs.rglob("*.bin")]
 
 
 def test_runs_can_be_moved_together(runs, tmp_path):
-    shutil.copytree(runs[0], tmp_path / "elsewhere")
-    assert model.load_run(tmp_path / "elsewhere" / "audio").audio_encoder is not None
+    shutil.copytree(runs, tmp_path / "elsewhere")
+    assert OLLM.load(tmp_path / "elsewhere" / "audio").audio_encoder is not None
 
 
-@pytest.mark.parametrize("spoil, message", [
-    (lambda f: (f / "base/model.safetensors").write_bytes(b"x" * 99), "another base"),
-    (lambda f: (f / "audio/model.safetensors").write_bytes((f / "audio/model.safetensors").read_bytes()[:5000]),
-     "not what was saved"),
-    (lambda f: (f / "audio/ollm.json").write_text("{"), "not JSON"),
-    (lambda f: (f / "audio/ollm.json").unlink(), "not a finished run"),
-    (lambda f: (f / "audio/config.json").write_text(json.dumps(
-        json.loads((f / "audio/config.json").read_text()) | {"d_model": 64})), "not what was saved"),
+def spoil_width(folder):
+    config = json.loads((folder / "audio/config.json").read_text())
+    (folder / "audio/config.json").write_text(json.dumps(config | {"d_model": 64}))
+
+
+@pytest.mark.parametrize("spoil", [
+    lambda folder: (folder / "base/model.safetensors").write_bytes(b"x" * 99),
+    lambda folder: os.truncate(folder / "audio/model.safetensors", 5000),
+    lambda folder: (folder / "audio/ollm.json").write_text("{"),
+    lambda folder: (folder / "audio/ollm.json").unlink(),
+    spoil_width,
 ])
-def test_a_run_that_does_not_fit_is_refused_in_one_line(runs, tmp_path, spoil, message):
-    shutil.copytree(runs[0], tmp_path / "spoilt")
+def test_a_run_that_does_not_fit_is_refused_in_one_line(runs, tmp_path, spoil):
+    shutil.copytree(runs, tmp_path / "spoilt")
     spoil(tmp_path / "spoilt")
-    with pytest.raises(BadInput, match=message) as error:
-        model.load_run(tmp_path / "spoilt" / "audio")
-    assert "\n" not in str(error.value)
+    with pytest.raises(BadInput) as error:
+        OLLM.load(tmp_path / "spoilt" / "audio")
+    assert "\n" not in str(error.value) and "spoilt/audio" in str(error.value)

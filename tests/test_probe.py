@@ -7,10 +7,8 @@ from conftest import build_ollm, collate, run_here
 from test_attention import FORMS, first_layer, runs  # noqa: F401 (a fixture)
 from test_model import make_samples
 
-import attention
-import bench
-import probe
-from attention import QUERY, RESPONSE, VISION
+from analysis import attention, bench, probe
+from analysis.attention import QUERY, RESPONSE, SYSTEM, TURN, VISION
 from data import AUDIO_SLOT
 from loss import self_kd_loss
 
@@ -29,13 +27,15 @@ def samples(ollm):
 @pytest.mark.parametrize("form", FORMS)
 def test_an_empty_window_or_an_empty_cut_changes_nothing(ollm, samples, form):
     batch, llm = collate(ollm, samples), ollm.lvlm.model.language_model
-    pairs = probe.forbidden(attention.spans_of(ollm, batch, form), "response", QUERY)
-    with attention.eager(llm):
-        whole = attention.full_pass(ollm, batch, form)
-    for first, width, cut in ((0, 0, pairs), (2, 0, pairs), (0, 4, torch.zeros_like(pairs)), (0, 4, pairs)):
-        with probe.cut(llm, first, width, cut):
-            again = attention.full_pass(ollm, batch, form)
-        assert torch.equal(again, whole) == (width == 0 or not cut.any()), "the last one is cut and must differ"
+    spans = attention.spans_of(ollm, batch, form)
+    pairs = probe.forbidden_pairs(spans, "response", QUERY)
+    nothing = torch.zeros_like(pairs)
+    with attention.eager_attention(llm):
+        uncut = attention.full_pass(ollm, batch, form)
+    for first, width, cut in ((0, 0, pairs), (2, 0, pairs), (0, 4, nothing), (0, 4, pairs)):
+        with probe.cut_attention(llm, first, width, cut):
+            hidden = attention.full_pass(ollm, batch, form)
+        assert torch.equal(hidden, uncut) == (width == 0 or not cut.any()), "the last must differ"
 
 
 @torch.no_grad()
@@ -43,21 +43,23 @@ def test_an_empty_window_or_an_empty_cut_changes_nothing(ollm, samples, form):
 @pytest.mark.parametrize("name", probe.CUTS)
 def test_a_cut_equals_a_hand_written_mask(ollm, samples, form, name):
     batch, llm = collate(ollm, samples[2:3]), ollm.lvlm.model.language_model
-    spans = attention.spans_of(ollm, batch, form)[0].tolist()
-    looking, onto = probe.CUTS[name]
-    rows = [t for t, span in enumerate(spans) if span == QUERY]
-    if looking == "response":  # from the last prompt position to the last word, which says <|im_end|>
-        rows = [t - 1 for t, span in enumerate(spans) if span == RESPONSE]
-        assert spans[rows[0]] == attention.TURN
+    spans = attention.spans_of(ollm, batch, form)
+    names, (looking, onto) = spans[0].tolist(), probe.CUTS[name]
+    rows = [t for t, span in enumerate(names) if span == QUERY]
+    if looking == "response":  # from the last prompt position to the last word
+        rows = [t - 1 for t, span in enumerate(names) if span == RESPONSE]
+        assert names[rows[0]] == TURN
     by_hand = first_layer(ollm, batch, form)  # (heads, T, T)
     for row in rows:
-        by_hand[:, row, [t for t, span in enumerate(spans) if span == onto]] = 0
+        by_hand[:, row, [t for t, span in enumerate(names) if span == onto]] = 0
         by_hand[:, row] /= by_hand[:, row].sum(-1, keepdim=True)  # a softmax without these keys
-    pairs = probe.forbidden(attention.spans_of(ollm, batch, form), looking, onto)
-    with attention.watched(llm, lambda weights: weights[0]) as seen, probe.cut(llm, 0, 1, pairs):
+    pairs = probe.forbidden_pairs(spans, looking, onto)
+    with (attention.record_attention(llm, lambda weights: weights[0]) as layers,
+          probe.cut_attention(llm, 0, 1, pairs)):
         attention.full_pass(ollm, batch, form)
-    torch.testing.assert_close(seen[0].double(), by_hand, rtol=0, atol=2e-6)
-    assert (seen[0][:, pairs[0]] == 0).all() and (seen[1][:, pairs[0]] > 0).any(), "the second layer is not cut"
+    torch.testing.assert_close(layers[0].double(), by_hand, rtol=0, atol=2e-6)
+    assert (layers[0][:, pairs[0]] == 0).all()
+    assert (layers[1][:, pairs[0]] > 0).any(), "the second layer is not cut"
 
 
 @torch.no_grad()
@@ -66,10 +68,10 @@ def test_a_question_cut_from_the_picture_in_all_layers_does_not_know_it(ollm, sa
     for pixels in (samples[0]["pixels"], samples[1]["pixels"]):
         batch = collate(ollm, [{**samples[2], "pixels": pixels}])
         spans = attention.spans_of(ollm, batch, "audio")
-        pairs = probe.forbidden(spans, "query", VISION)
-        pairs |= (spans == attention.SYSTEM)[:, :, None] & (spans == VISION)[:, None, :]  # </img> has seen it, too
+        pairs = probe.forbidden_pairs(spans, "query", VISION)
+        pairs |= (spans == SYSTEM)[:, :, None] & (spans == VISION)[:, None, :]  # </img> looks, too
         for width in (4, 3):
-            with probe.cut(llm, 0, width, pairs):
+            with probe.cut_attention(llm, 0, width, pairs):
                 states.append(attention.full_pass(ollm, batch, "audio")[spans == QUERY])
     torch.testing.assert_close(states[0], states[2], rtol=0, atol=1e-6)
     assert (states[1] - states[3]).abs().max() > 1e-3, "one layer is enough to see it"
@@ -80,39 +82,44 @@ def test_a_question_cut_from_the_picture_in_all_layers_does_not_know_it(ollm, sa
 def test_log_likelihood_is_the_textbook_s(ollm, samples, form):
     ours = probe.log_likelihood(ollm, collate(ollm, samples), form)
     for sample, value in zip(samples, ours):
-        logits, labels = bench.full_pass(ollm, collate(ollm, [sample]), form == "audio")
-        theirs = -torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+        logits, labels = bench.textbook_pass(ollm, collate(ollm, [sample]), form)
+        theirs = -torch.nn.functional.cross_entropy(logits[0], labels[0], reduction="sum")
         assert value.item() == pytest.approx(theirs.item(), abs=1e-4)
 
 
 @torch.no_grad()
 def test_knockout_is_a_difference_of_log_likelihoods(ollm, samples):
     batch, llm = collate(ollm, samples), ollm.lvlm.model.language_model
-    changes = probe.knockout(ollm, batch, "audio", 2)
-    pairs = probe.forbidden(attention.spans_of(ollm, batch, "audio"), "response", VISION)
-    with probe.cut(llm, 1, 2, pairs):
+    changes = probe.knockout(ollm, batch, "audio", 2)["answer -/-> vision"]
+    spans = attention.spans_of(ollm, batch, "audio")
+    pairs = probe.forbidden_pairs(spans, "response", VISION)
+    with probe.cut_attention(llm, 1, 2, pairs):
         cut = probe.log_likelihood(ollm, batch, "audio")
     change = cut - probe.log_likelihood(ollm, batch, "audio")
-    assert changes["answer -/-> vision"].shape == (len(samples), 3) and change.abs().min() > 1e-3
-    torch.testing.assert_close(changes["answer -/-> vision"][:, 1], change, rtol=0, atol=1e-4)
+    assert changes.shape == (len(samples), 3) and change.abs().min() > 1e-3
+    torch.testing.assert_close(changes[:, 1], change, rtol=0, atol=1e-4)
 
 
 @torch.no_grad()
 def test_the_lens_reads_at_the_last_layer_what_the_model_would_say(samples):
     ollm = build_ollm()
-    torch.nn.init.normal_(ollm.lvlm.model.language_model.norm.weight, mean=1.0)  # else the norm moves no rank
+    norm = ollm.lvlm.model.language_model.norm
+    torch.nn.init.normal_(norm.weight, mean=1.0)  # else the norm moves no rank
     batch = collate(ollm, samples)
-    heard = torch.cat([torch.zeros_like(batch["prefix"]["mask"]), batch["audio"]["ids"] == AUDIO_SLOT], dim=1)
-    theirs = ollm.lvlm.lm_head(attention.full_pass(ollm, batch, "audio")[heard]).topk(3).indices
-    ours = probe.likeliest(ollm, batch, 3)
+    no_slots = torch.zeros_like(batch["prefix"]["mask"])
+    slots = torch.cat([no_slots, batch["audio"]["ids"] == AUDIO_SLOT], dim=1)
+    logits = ollm.lvlm.lm_head(attention.full_pass(ollm, batch, "audio")[slots])
+    theirs, ours = logits.topk(3).indices, probe.likeliest_tokens(ollm, batch, 3)
     assert len(ours) == 4 and torch.equal(ours[-1], theirs) and not torch.equal(ours[0], theirs)
 
 
 @torch.no_grad()
 def test_recall_of_words_by_hand(ollm, samples):
-    batch, words = collate(ollm, samples[:1]), set(ollm.tokenizer(samples[0]["question"]).input_ids)
+    batch = collate(ollm, samples[:1])
+    words = set(ollm.tokenizer(samples[0]["question"]).input_ids)
     (own, _), = probe.lens(ollm, batch, samples[:1], 5)
-    by_hand = [len(words & set(tokens.flatten().tolist())) / len(words) for tokens in probe.likeliest(ollm, batch, 5)]
+    by_hand = [len(words & set(tokens.flatten().tolist())) / len(words)
+               for tokens in probe.likeliest_tokens(ollm, batch, 5)]
     assert own == by_hand and 0 < sum(own) < len(own)
     (everything, _), = probe.lens(ollm, batch, samples[:1], len(ollm.tokenizer))
     assert everything == [1] * 4
@@ -122,40 +129,45 @@ def test_recall_of_words_by_hand(ollm, samples):
 def test_shift_is_the_loss_s_kl_and_ranks_count_from_one(ollm, samples):
     batch = collate(ollm, samples)
     kl, same, rank = probe.shift(ollm, batch).T
-    student, teacher, labels = ollm.paired(batch, teach=True)
-    head = ollm.lvlm.lm_head
-    theirs = self_kd_loss(head(student), head(teacher), labels, 1.0)[1]
-    assert kl.mean().item() == pytest.approx(theirs.item(), rel=1e-4)
-    order = head(teacher).argsort(-1, descending=True)
-    assert rank.tolist() == [1 + row.tolist().index(token) for row, token in zip(order, head(student).argmax(-1))]
-    assert torch.equal(same, (rank == 1).float()) and rank.max() > 1
+    assert kl.mean().item() == pytest.approx(ollm(batch, 1.0)[1].item(), rel=1e-4)
+    prefix, audio = ollm.encode_prefix(batch), ollm.hear(batch["mel"], batch["n_frames"])
+    student, labels = ollm.answer_logits(prefix, batch["audio"], audio)
+    teacher, _ = ollm.answer_logits(prefix, batch["text"])
+    assert kl.mean().item() == pytest.approx(
+        self_kd_loss(student, teacher, labels, 1.0)[1].item(), rel=1e-4)
+    order = teacher.argsort(-1, descending=True).tolist()
+    by_hand = [1 + row.index(token) for row, token in zip(order, student.argmax(-1).tolist())]
+    assert rank.tolist() == by_hand and rank.max() > 1
+    assert torch.equal(same, (rank == 1).float())
 
 
-def test_mixed_speech_is_of_another_kind_and_answers_are_sided():
+def test_mixed_speech_is_of_another_kind_and_answers_belong_to_one_question():
+    kinds = ("count", "color", "count", "existence", "place")
     items = [{"kind": kind, "question": f"{kind} {i}", "wave": np.full(9, i)}
-             for i, kind in enumerate(("count", "color", "count", "existence", "place"))]
-    mixed, kinds = probe.mixed(items)
+             for i, kind in enumerate(kinds)]
+    mixed, spoken = probe.mix_questions(items)
     assert [sample["question"] for sample in mixed] == [sample["after"] for sample in mixed]
-    assert all(sample["kind"] != kind for sample, kind in zip(mixed, kinds))
+    assert all(sample["kind"] != kind for sample, kind in zip(mixed, spoken))
     assert [int(sample["wave"][0]) for sample in mixed] == [3, 3, 4, 0]
     answers = ["two", "yes there is", "no i see one", "the picture"]
-    assert probe.sided(mixed[:1] * 4, ["existence"] * 4, answers) == {"mixed: written answered": 25,
-                                                                      "mixed: spoken answered": 25}
+    shares = probe.answered_question(mixed[:1] * 4, ["existence"] * 4, answers)
+    assert shares == {"mixed: written answered": 25, "mixed: spoken answered": 25}
 
 
 def test_the_script_writes_figures_numbers_and_tables(runs):  # noqa: F811
-    done = run_here("probe.py", "--n", 16, "--window", 2, "--out", "probed", cwd=runs)
+    done = run_here("analysis.probe", "--n", 16, "--window", 2, "--out", "probed", cwd=runs)
     assert done.returncode == 0, done.stderr
-    assert "| KL(text || audio), nats | " in done.stdout and "| silence: right | " in done.stdout
-    assert done.stdout.count("answer -/-> vision, audio") == 3, "four layers have three windows of two"
-    lines = (runs / "probed/knockout.csv").read_text().splitlines()
-    assert len(lines) == 1 + 2 * 2 * 3 * 3 and len((runs / "probed/lens.csv").read_text().splitlines()) == 1 + 2 * 2 * 4
-    for name in ("lens.png", "knockout.png"):
-        assert (runs / "probed" / name).read_bytes().startswith(b"\x89PNG")
+    assert "| KL(text || audio), nats " in done.stdout and "| silence: right " in done.stdout
+    assert done.stdout.count("answer -/-> vision, audio") == 3, "four layers, windows of two"
+    lines = {kind: (runs / f"probed/{kind}.csv").read_text().splitlines()
+             for kind in ("lens", "knockout")}
+    # Two runs, two forms, three cuts, three windows; two runs, own words and chance, four layers.
+    assert len(lines["knockout"]) == 1 + 2 * 2 * 3 * 3 and len(lines["lens"]) == 1 + 2 * 2 * 4
+    for kind in lines:
+        assert (runs / f"probed/{kind}.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("arguments, message", [(["runs/shapes/vision-text-s0"], "cannot listen"),
-                                                (["--window", "5"], "the LLM has 4 layers")])
-def test_what_cannot_be_probed_is_refused_in_one_line(runs, arguments, message):  # noqa: F811
-    done = run_here("probe.py", *arguments, "--n", 2, cwd=runs)
-    assert done.returncode == 1 and message in done.stderr.splitlines()[-1], done.stderr
+@pytest.mark.parametrize("arguments", [["runs/shapes/vision-text-s0"], ["--window", "5"]])
+def test_what_cannot_be_probed_is_refused_in_one_line(runs, arguments):  # noqa: F811
+    done = run_here("analysis.probe", *arguments, "--n", 2, cwd=runs)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("error: "), done.stderr

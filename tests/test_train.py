@@ -6,11 +6,15 @@ import re
 import shutil
 
 import pytest
-from conftest import run_here, run_script
+from conftest import build_ollm, collate, run_here, run_script
 from PIL import Image
 
+import torch
 from safetensors.torch import load_file, save_file
+
+import data
 import train
+from data import IGNORE
 
 
 def test_learning_rate_warms_up_and_ends_at_zero():
@@ -21,25 +25,77 @@ def test_learning_rate_warms_up_and_ends_at_zero():
     assert train.learning_rate(0, 1, 2.0) == 2.0, "an epoch of one step still learns"
 
 
-@pytest.mark.parametrize("n, global_batch, micro_batch", [(100, 32, 8), (37, 16, 16), (5, 64, 2), (64, 64, 64)])
-@pytest.mark.parametrize("world", [1, 2, 3])
-def test_an_epoch_visits_every_sample_once_however_it_is_dealt(n, global_batch, micro_batch, world):
-    visited, order = [], train.epoch_order([{}] * n, seed=0)
-    for step in range(math.ceil(n / global_batch)):
-        ranks = [train.deal(order, step, global_batch, micro_batch, lambda i: i % 7, r, world) for r in range(world)]
-        assert len({len(chunks) for chunks in ranks}) == 1, "as many micro-batches on every rank"
-        samples = [i for chunks in ranks for indices, idle in chunks for i in indices if not idle]
-        assert sorted(samples) == sorted(order[step * global_batch: (step + 1) * global_batch])
-        assert all(1 <= len(indices) <= micro_batch for chunks in ranks for indices, _ in chunks)
-        visited += samples
+class Numbers:
+    """Samples that are their own indices, of several lengths."""
+
+    def __init__(self, n, phases=1):
+        self.rows = [{"phase": i % phases} for i in range(n)]
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return index
+
+    def length(self, index):
+        return index % 7
+
+
+def make_epoch(n, phases=1, seed=0, rank=0, world_size=1, global_batch=8, micro_batch=8):
+    config = {"seed": seed, "global_batch": global_batch, "micro_batch": micro_batch, "on_policy": 0}
+
+    def collate(samples):
+        return {"text": {"labels": torch.tensor(samples)}, "audio": None}
+
+    return train.Epoch(config, Numbers(n, phases), collate, rank, world_size)
+
+
+@pytest.mark.parametrize("n, global_batch, micro_batch",
+                         [(100, 32, 8), (37, 16, 16), (5, 64, 2), (64, 64, 64), (1, 8, 8)])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_an_epoch_visits_every_sample_once_however_it_is_dealt(n, global_batch, micro_batch, world_size):
+    options = {"world_size": world_size, "global_batch": global_batch, "micro_batch": micro_batch}
+    ranks, visited = [make_epoch(n, rank=rank, **options) for rank in range(world_size)], []
+    assert len(ranks[0]) == math.ceil(n / global_batch)
+    for step in range(len(ranks[0])):
+        batches = [[batch["text"]["labels"].tolist() for batch in epoch[step]] for epoch in ranks]
+        assert len({len(micro_batches) for micro_batches in batches}) == 1, "as many on every rank"
+        assert all(1 <= len(batch) <= micro_batch for micro_batches in batches for batch in micro_batches)
+        labels = [i for micro_batches in batches for batch in micro_batches for i in batch if i != IGNORE]
+        assert sorted(labels) == sorted(ranks[0].order[step * global_batch: (step + 1) * global_batch])
+        visited += labels
     assert sorted(visited) == list(range(n))
 
 
+def test_neighbours_in_length_share_a_micro_batch():
+    lengths = [[i % 7 for i in batch["text"]["labels"].tolist()] for batch in make_epoch(64, micro_batch=4)[0]]
+    assert lengths[0] == sorted(lengths[0]) and max(lengths[0]) <= min(lengths[1])
+
+
 def test_earlier_phases_come_first_and_seeds_differ():
-    rows = [{"phase": i % 2} for i in range(40)]
-    order = train.epoch_order(rows, seed=0)
-    assert [rows[i]["phase"] for i in order] == [0] * 20 + [1] * 20 and sorted(order) == list(range(40))
-    assert order == train.epoch_order(rows, seed=0) != train.epoch_order(rows, seed=1)
+    order = make_epoch(40, phases=2).order
+    assert [i % 2 for i in order] == [0] * 20 + [1] * 20 and sorted(order) == list(range(40))
+    assert order == make_epoch(40, phases=2).order != make_epoch(40, phases=2, seed=1).order
+
+
+def test_micro_batches_give_the_gradient_of_the_whole_batch(world):
+    """Answers of different lengths: each token counts the same, in whichever micro-batch it lies."""
+    ollm = build_ollm()
+    samples = data.Samples(world / "vision-audio", ollm.settings)
+    samples = [{**samples[i], "answer": " ".join([samples.rows[i]["answer"]] * (1 + 5 * (i == 0)))}
+               for i in range(4)]
+    results = []
+    for parts in ([samples], [samples[:1], samples[1:3], samples[3:]]):
+        ollm.zero_grad()
+        batches = [collate(ollm, part) for part in parts]
+        terms = train.forward_backward(ollm, batches, 0.75, 1.0, torch.device("cpu"), 1)
+        gradient = torch.cat([p.grad.flatten() for p in ollm.parameters() if p.grad is not None])
+        results.append((torch.tensor(terms), gradient))
+    for whole, parts in zip(*results):
+        torch.testing.assert_close(whole, parts, rtol=1e-9, atol=1e-12)
+
+
+FLOAT64 = "tests/train_float64.py"
 
 
 def losses(folder):
@@ -57,9 +113,9 @@ def same_steps(a, b, rel=1e-9):
 def test_three_processes_compute_the_same_steps_as_one(start, world, tmp_path):
     """The last batch has one sample: two of the processes have none. (Two processes: test_faults.py.)"""
     options = ["--stage", "vision-audio", "--alpha", 0.75, "--init", start / "audio", "--data", world / "vision-audio",
-               "--global-batch", 33, "--micro-batch", 3, "--lr", 1e-3, "--float64", "--device", "cpu"]
-    one = run_here("train.py", *options, "--out", tmp_path / "one", cwd=tmp_path)
-    many = run_script("train.py", *options, "--out", tmp_path / "many", cwd=tmp_path, processes=3)
+               "--global-batch", 33, "--micro-batch", 3, "--lr", 1e-3, "--device", "cpu"]
+    one = run_here(FLOAT64, *options, "--out", tmp_path / "one", cwd=tmp_path)
+    many = run_script(FLOAT64, *options, "--out", tmp_path / "many", cwd=tmp_path, processes=3)
     assert one.returncode == 0 and many.returncode == 0, one.stderr + many.stderr
     same_steps(tmp_path / "one", tmp_path / "many")
 
@@ -67,18 +123,20 @@ def test_three_processes_compute_the_same_steps_as_one(start, world, tmp_path):
 def test_vision_text_on_two_processes_equals_one(world, tmp_path):
     """The stage in which some micro-batches have no picture at all."""
     options = ["--stage", "vision-text", "--data", world / "vision-text", "--global-batch", 24, "--micro-batch", 4,
-               "--float64", "--device", "cpu"]
+               "--device", "cpu"]
     for processes in (0, 2):
-        done = run_script("train.py", *options, "--out", tmp_path / str(processes), cwd=tmp_path, processes=processes)
+        done = run_script(FLOAT64, *options, "--out", tmp_path / str(processes), cwd=tmp_path, processes=processes)
         assert done.returncode == 0, done.stderr
     same_steps(tmp_path / "0", tmp_path / "2")
 
 
 def test_the_chain_makes_what_is_missing_and_reuses_it(world, tmp_path):
+    """A default run ends with the table and what to try next; the other scripts find the runs."""
     shutil.copytree(world, tmp_path / "runs/shapes/data-s3")
     first = run_script("train.py", "--seed", 3, "--alpha", 0.5, cwd=tmp_path, processes=1)
     assert first.returncode == 0, first.stderr
-    assert "built-in world" in first.stdout.splitlines()[0] and "python eval.py" in first.stdout
+    assert "built-in world" in first.stdout.splitlines()[0] and "KD 0.5, gap" in first.stdout
+    assert first.stdout.splitlines()[-1].strip() == "torchrun train.py --alpha 0 --seed 3"
     runs = {path.name for path in (tmp_path / "runs/shapes").iterdir()}
     assert runs == {"data-s3", "vision-text-s3", "audio-text-s3", "vision-audio-a0.5-s3"}
     base = (tmp_path / "runs/shapes/vision-text-s3/model.safetensors").stat().st_mtime_ns
@@ -88,19 +146,24 @@ def test_the_chain_makes_what_is_missing_and_reuses_it(world, tmp_path):
     again = run_here("train.py", "--seed", 3, "--alpha", 0, cwd=tmp_path)
     assert again.returncode == 0 and "finished already" in again.stdout
     same = [losses(tmp_path / f"runs/shapes/vision-audio-a{alpha}-s3")[0] for alpha in ("0.5", "0")]
-    assert same[0]["ce"] == pytest.approx(same[1]["ce"], rel=1e-5), "the same start and the same first batch"
+    assert same[0]["ce"] == pytest.approx(same[1]["ce"], rel=1e-5), "the same start and first batch"
 
-    table = run_here("eval.py", "--seed", 3, "--n", 24, "--show", 2, "--cases", 3, cwd=tmp_path)
+    table = run_here("eval.py", "--seed", 3, "--n", 24, "--show", 2, cwd=tmp_path)
     assert table.returncode == 0, table.stderr
-    assert all(column in table.stdout for column in (" text |", "aligned, audio", "SFT, audio", "KD 0.5, gap"))
-    assert all(line in table.stdout for line in ("KD 0.5 - SFT", "transcripts exact", "wrong, names what is there"))
-    cases = (tmp_path / "runs/report/cases.md").read_text().splitlines()
-    assert len(cases) == 2 + 3 and cases[0].count("|") == cases[4].count("|") == 8
-    assert Image.open(tmp_path / "runs/report/cases.png").height > 300
-    picture, = re.findall(r"!\[\]\((.*?)\)", cases[2])
-    assert (tmp_path / "runs/report" / picture).is_file()
+    columns = (" text |", "aligned, audio", "SFT, audio", "KD 0.5, gap")
+    lines = ("KD 0.5 - SFT, spoken: ", "transcripts exact", "wrong, names what is there")
+    assert all(text in table.stdout for text in columns + lines)
     align = run_here("mmalign.py", "--seed", 3, cwd=tmp_path)
     assert align.returncode == 0 and "relation" in align.stdout, align.stderr
+
+    cases = run_here("analysis.cases", "--seed", 3, "--n", 3, cwd=tmp_path)
+    assert cases.returncode == 0, cases.stderr
+    rows = (tmp_path / "runs/report/cases.md").read_text().splitlines()
+    assert len(rows) == 2 + 3 and rows[0].count("|") == rows[4].count("|") == 8
+    assert Image.open(tmp_path / "runs/report/cases.png").height > 300
+    picture, = re.findall(r"!\[\]\((.*?)\)", rows[2])
+    assert (tmp_path / "runs/report" / picture).is_file()
+
     picture = tmp_path / "runs/shapes/data-s3/test/images/000000.png"
     run = tmp_path / "runs/shapes/vision-audio-a0.5-s3"
     one = run_here("eval.py", run, "--image", picture, "--question", "What colour is the circle?", cwd=tmp_path)
@@ -110,15 +173,25 @@ def test_the_chain_makes_what_is_missing_and_reuses_it(world, tmp_path):
     assert unknown.stderr.count("\n") == 1
 
 
+def test_an_evaluation_that_fails_changes_neither_run_nor_exit_code(world, start, tmp_path):
+    shutil.copytree(world, tmp_path / "runs/shapes/data-s3")
+    shutil.rmtree(tmp_path / "runs/shapes/data-s3/test")
+    for name, run in (("vision-text-s3", "base"), ("audio-text-s3", "audio")):
+        shutil.copytree(start / run, tmp_path / "runs/shapes" / name)
+    about = tmp_path / "runs/shapes/audio-text-s3/ollm.json"
+    about.write_text(about.read_text().replace('"../base"', '"../vision-text-s3"'))
+    done = run_script("train.py", "--seed", 3, cwd=tmp_path)
+    assert done.returncode == 0 and "error: " in done.stderr and "torchrun train.py --alpha 0" in done.stdout
+    assert (tmp_path / "runs/shapes/vision-audio-a0.75-s3/ollm.json").exists()
+
+
 @pytest.mark.parametrize("arguments, message", [
     (["--alpha", "2"], "between 0 and 1"),
-    (["--temperature", "0"], "above 0"),
     (["--stage", "video"], "invalid choice"),
-    (["--max-steps", "0"], "at least 1"),
     (["--stage", "vision-audio", "--init", "BASE", "--data", "PART"], "no audio encoder"),
-    (["--stage", "vision-audio", "--init", "nowhere", "--data", "PART"], "not a finished run"),
-    (["--stage", "vision-text", "--data", "nowhere"], "no such file"),
-    (["--stage", "vision-audio", "--init", "AUDIO", "--data", "TRANSCRIPTS"], "samples.jsonl:1: has no question"),
+    (["--stage", "vision-audio", "--init", "nowhere", "--data", "PART"], "nowhere"),
+    (["--stage", "vision-text", "--data", "nowhere"], "nowhere"),
+    (["--stage", "vision-audio", "--init", "AUDIO", "--data", "TRANSCRIPTS"], "samples.jsonl:1: "),
 ])
 def test_what_cannot_work_is_one_clear_line(start, world, tmp_path, arguments, message):
     places = {"BASE": start / "base", "AUDIO": start / "audio", "PART": world / "vision-audio",
@@ -128,22 +201,32 @@ def test_what_cannot_work_is_one_clear_line(start, world, tmp_path, arguments, m
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
+def test_a_cut_start_is_noted_and_a_cut_run_is_another_training(start, world, tmp_path):
+    shutil.copytree(start, tmp_path / "start")
+    about = tmp_path / "start/audio/ollm.json"
+    settings = json.loads(about.read_text())
+    settings["training"]["max_steps"] = 7
+    about.write_text(json.dumps(settings))
+    options = ["--init", tmp_path / "start/audio", "--data", world / "vision-audio", "--out", tmp_path / "out"]
+    done = run_here("train.py", *options, "--max-steps", 2, cwd=tmp_path)
+    assert done.returncode == 0 and "stopped after 7 steps" in done.stdout, done.stderr
+    other = run_here("train.py", *options, "--max-steps", 3, cwd=tmp_path)
+    assert other.returncode == 1 and "max_steps is 2 there and 3 here" in other.stderr
+
+
 def test_a_loss_that_is_no_number_stops_before_the_weights_are_touched(start, world, tmp_path):
     shutil.copytree(start, tmp_path / "start")
     state = load_file(tmp_path / "start/audio/model.safetensors")
     state["projector.bias"][0] = float("nan")
     save_file(state, tmp_path / "start/audio/model.safetensors")
-    about = json.loads((tmp_path / "start/audio/ollm.json").read_text())
-    del about["fingerprint"]  # as the message says that refuses weights which are not those that were saved
-    (tmp_path / "start/audio/ollm.json").write_text(json.dumps(about))
     done = run_here("train.py", "--init", tmp_path / "start/audio", "--data", world / "vision-audio", "--out",
                     tmp_path / "out", cwd=tmp_path)
     assert done.returncode == 1 and "stopped before the weights were touched" in done.stderr
     assert "Traceback" not in done.stderr and not (tmp_path / "out/ollm.json").exists()
 
 
-def test_no_room_for_a_checkpoint_is_one_line_and_leaves_nothing_half_written(start, world, tmp_path):
+def test_no_room_for_a_run_is_one_line_and_leaves_nothing_half_written(start, world, tmp_path):
     done = run_script("train.py", "--init", start / "audio", "--data", world / "vision-audio", "--max-steps", 1,
                       "--out", tmp_path / "out", cwd=tmp_path, largest_file=300_000)
-    assert done.returncode == 1 and "could not save the run" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 1 and f"error: {tmp_path / 'out'}" in done.stderr and "Traceback" not in done.stderr
     assert {path.name for path in (tmp_path / "out").iterdir()} == {".lock", "log.jsonl"}

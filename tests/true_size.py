@@ -1,8 +1,9 @@
 """Stand-ins of true size with random weights, in the layouts that the real ones are published in.
 
-    python tests/true_size.py standins          # 1.9 GB as InternVL2-1B, 1.3 GB as Whisper-large-v3's encoder
+    python tests/true_size.py FOLDER    # InternVL2-1B (1.9 GB), Whisper-large-v3's encoder (1.3 GB)
 
-They show that the loading code and a training step take a real checkpoint's shapes, time and memory. They know nothing.
+They show that loading and a training step take a real checkpoint's shapes, in what time and memory.
+They know nothing.
 """
 
 import json
@@ -15,56 +16,65 @@ from safetensors.torch import save_file
 from transformers import WhisperConfig, WhisperFeatureExtractor
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-import bench
+from analysis import bench
 
 
 def shapes():
-    """{name: shape} of OpenGVLab/InternVL2-1B's 637 tensors, 938,158,976 numbers."""
+    """Returns {name: shape} of OpenGVLab/InternVL2-1B's 637 tensors, 938,158,976 numbers."""
     w, wide, d, ffn, v = 1024, 4096, 896, 4864, 151655
     names = {"vision_model.embeddings.class_embedding": (1, 1, w),
              "vision_model.embeddings.position_embedding": (1, 1025, w),
              "vision_model.embeddings.patch_embedding.weight": (w, 3, 14, 14),
              "vision_model.embeddings.patch_embedding.bias": (w,),
-             "mlp1.0.weight": (4 * w,), "mlp1.0.bias": (4 * w,), "mlp1.1.weight": (d, 4 * w), "mlp1.1.bias": (d,),
-             "mlp1.3.weight": (d, d), "mlp1.3.bias": (d,), "language_model.model.embed_tokens.weight": (v, d),
+             "mlp1.0.weight": (4 * w,), "mlp1.0.bias": (4 * w,),
+             "mlp1.1.weight": (d, 4 * w), "mlp1.1.bias": (d,),
+             "mlp1.3.weight": (d, d), "mlp1.3.bias": (d,),
+             "language_model.model.embed_tokens.weight": (v, d),
              "language_model.model.norm.weight": (d,), "language_model.lm_head.weight": (v, d)}
-    for n in range(24):
-        layer = {"attn.qkv.weight": (3 * w, w), "attn.qkv.bias": (3 * w,), "attn.proj.weight": (w, w),
-                 "attn.proj.bias": (w,), "norm1.weight": (w,), "norm1.bias": (w,), "norm2.weight": (w,),
-                 "norm2.bias": (w,), "ls1": (w,), "ls2": (w,), "mlp.fc1.weight": (wide, w), "mlp.fc1.bias": (wide,),
-                 "mlp.fc2.weight": (w, wide), "mlp.fc2.bias": (w,)}
-        names |= {f"vision_model.encoder.layers.{n}.{key}": shape for key, shape in layer.items()}
-        layer = {"input_layernorm.weight": (d,), "post_attention_layernorm.weight": (d,),
-                 "self_attn.q_proj.weight": (d, d), "self_attn.q_proj.bias": (d,), "self_attn.k_proj.weight": (128, d),
-                 "self_attn.k_proj.bias": (128,), "self_attn.v_proj.weight": (128, d), "self_attn.v_proj.bias": (128,),
-                 "self_attn.o_proj.weight": (d, d), "mlp.gate_proj.weight": (ffn, d), "mlp.up_proj.weight": (ffn, d),
-                 "mlp.down_proj.weight": (d, ffn)}
-        names |= {f"language_model.model.layers.{n}.{key}": shape for key, shape in layer.items()}
+    vision_layer = {
+        "attn.qkv.weight": (3 * w, w), "attn.qkv.bias": (3 * w,), "attn.proj.weight": (w, w),
+        "attn.proj.bias": (w,), "norm1.weight": (w,), "norm1.bias": (w,), "norm2.weight": (w,),
+        "norm2.bias": (w,), "ls1": (w,), "ls2": (w,), "mlp.fc1.weight": (wide, w),
+        "mlp.fc1.bias": (wide,), "mlp.fc2.weight": (w, wide), "mlp.fc2.bias": (w,)}
+    llm_layer = {
+        "input_layernorm.weight": (d,), "post_attention_layernorm.weight": (d,),
+        "self_attn.q_proj.weight": (d, d), "self_attn.q_proj.bias": (d,),
+        "self_attn.k_proj.weight": (128, d), "self_attn.k_proj.bias": (128,),
+        "self_attn.v_proj.weight": (128, d), "self_attn.v_proj.bias": (128,),
+        "self_attn.o_proj.weight": (d, d), "mlp.gate_proj.weight": (ffn, d),
+        "mlp.up_proj.weight": (ffn, d), "mlp.down_proj.weight": (d, ffn)}
+    for start, layer in (("vision_model.encoder.layers", vision_layer),
+                         ("language_model.model.layers", llm_layer)):
+        for n in range(24):
+            names |= {f"{start}.{n}.{key}": shape for key, shape in layer.items()}
     return names
 
 
 def random_tensor(name, shape, dtype):
-    """Small weights, and norms and layer scales that neither silence nor explode."""
+    """Returns small weights, and norms and layer scales that neither silence nor explode."""
     if "norm" in name and name.endswith("weight") or name == "mlp1.0.weight":
         return torch.ones(shape, dtype=dtype)
     return (torch.randn(shape) * (0.1 if ".ls" in name else 0.02)).to(dtype)
 
 
 def build(folder):
-    """Writes both; returns their folders."""
+    """Writes both models; returns their folders."""
     torch.manual_seed(0)
     internvl2, whisper = build_internvl2(folder), folder / "whisper-large-v3"
     (internvl2 / "reference.safetensors").unlink()
-    (internvl2 / "config.json").write_text(json.dumps({"model_type": "internvl_chat", **bench.INTERNVL2_1B}))
-    save_file({name: random_tensor(name, shape, torch.bfloat16) for name, shape in shapes().items()},
-              internvl2 / "model.safetensors")
+    config = {"model_type": "internvl_chat", **bench.INTERNVL2_1B}
+    (internvl2 / "config.json").write_text(json.dumps(config))
+    tensors = {name: random_tensor(name, shape, torch.bfloat16) for name, shape in shapes().items()}
+    save_file(tensors, internvl2 / "model.safetensors")
+
     config = WhisperConfig(**bench.WHISPER_LARGE_V3)
     with torch.device("meta"):
         state = WhisperEncoder(config).state_dict()
     config.save_pretrained(whisper)
     WhisperFeatureExtractor(feature_size=128).save_pretrained(whisper)
-    save_file({f"model.encoder.{name}": random_tensor(name, t.shape, torch.float16) for name, t in state.items()},
-              whisper / "model.safetensors")
+    tensors = {f"model.encoder.{name}": random_tensor(name, tensor.shape, torch.float16)
+               for name, tensor in state.items()}
+    save_file(tensors, whisper / "model.safetensors")
     return internvl2, whisper
 
 

@@ -1,0 +1,523 @@
+"""Measures what a step of Self-KD costs, against the textbook's two full passes.
+
+    python -m analysis.bench                             # InternVL2-1B's and Whisper-large-v3's
+                                                         # widths, a quarter of their layers
+    python -m analysis.bench --size shapes --rounds 20   # the built-in world's models, in seconds
+    python -m analysis.bench --layers 1 --batch 8        # full depth: for a GPU
+    python -m analysis.bench --json | tail -n 1          # the same numbers as one line of JSON
+
+The textbook runs the whole model twice, over the whole sequence: as the teacher, who reads the
+question, and as the student, who hears it in speech padded to Whisper's 30 s. Three things make a
+step cheaper here; the table adds one at a time:
+
+    + shared prefix        `<system><image>` is read once for both (exact)
+    + answer-only head     logits only at positions that predict the answer (exact)
+    + real audio length    Whisper hears the question, not silence up to 30 s (approximation)
+
+It is checked first, in float64, that the exact ones change no gradient. Weights are random: time
+does not depend on them. Letters in shape comments:
+    B batch   P prefix tokens   S tokens of query and answer   T tokens of both   A audio tokens
+    N answer tokens in the batch   V vocabulary   D width of the LLM   W width of the audio encoder
+"""
+
+import argparse
+import contextlib
+import copy
+import json
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+from transformers import InternVLForConditionalGeneration, WhisperConfig, WhisperFeatureExtractor
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+import data
+from data import AUDIO_SLOT, IGNORE
+from loss import self_kd_loss
+from model import OLLM
+from plumbing import tables
+from plumbing.files import readable_errors
+from real.checkpoints import lvlm_settings, native_config
+from world.models import build_audio_encoder, build_lvlm
+
+INTERNVL2_1B = {  # what matters here of its config.json
+    "model_type": "internvl_chat", "downsample_ratio": 0.5, "ps_version": "v2", "select_layer": -1,
+    "vision_config": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16,
+                      "intermediate_size": 4096, "image_size": 448, "patch_size": 14,
+                      "num_channels": 3, "hidden_act": "gelu", "norm_type": "layer_norm",
+                      "layer_norm_eps": 1e-6, "qkv_bias": True, "qk_normalization": False},
+    "llm_config": {"architectures": ["Qwen2ForCausalLM"], "hidden_size": 896,
+                   "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2,
+                   "intermediate_size": 4864, "vocab_size": 151655, "hidden_act": "silu",
+                   "rms_norm_eps": 1e-6, "rope_theta": 1e6, "max_position_embeddings": 32768}}
+WHISPER_LARGE_V3 = {"num_mel_bins": 128, "d_model": 1280, "encoder_layers": 32,
+                    "encoder_attention_heads": 20, "encoder_ffn_dim": 5120}
+SYSTEM_TOKENS = 40  # InternVL2's system message has about as many
+ALPHA = 0.75
+
+
+# ---- the textbook --------------------------------------------------------------------------------
+
+
+def textbook_pass(ollm, batch, form):
+    """Runs the native model over whole sequences (B, T), all of one length: nothing is padded.
+
+    Returns (logits (B, T, V) at every position, labels (B, T): the token that each should predict).
+    """
+    prefix, query = batch["prefix"], batch[form]
+    assert prefix["mask"].all() and query["mask"].all(), "sequences of one length only"
+    ids = torch.cat([prefix["ids"], query["ids"]], dim=1)  # (B, T)
+    x = ollm.lvlm.get_input_embeddings()(ids.clamp(min=0))  # (B, T, D)
+    image_slots = (ids == ollm.lvlm.config.image_token_id)[..., None]  # (B, T, 1)
+    x = x.masked_scatter(image_slots, ollm.see(batch["pixels"]).to(x.dtype))
+    if form == "audio":
+        audio_slots = (ids == AUDIO_SLOT)[..., None]  # (B, T, 1)
+        x = x.masked_scatter(audio_slots, textbook_hear(ollm, batch).to(x.dtype))
+
+    no_labels = torch.full_like(prefix["ids"], IGNORE)  # (B, P)
+    labels = torch.cat([no_labels, query["labels"]], dim=1)  # (B, T)
+    return ollm.lvlm(inputs_embeds=x).logits, next_labels(labels)
+
+
+def next_labels(labels):
+    """Returns the label of the position after each one, (B, T); IGNORE at the end."""
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORE)
+
+
+def textbook_hear(ollm, batch):
+    """Returns audio tokens (B, A, D) by transformers' encoder, if it is 30 s: it takes no other."""
+    if batch["mel"].size(-1) != 3000:
+        return ollm.hear(batch["mel"], batch["n_frames"])
+    mel = batch["mel"].to(ollm.projector.weight.dtype)  # (B, mel bins, 3000)
+    frames = ollm.audio_encoder(mel).last_hidden_state  # (B, 1500, W)
+    return ollm.projector(frames.unflatten(1, (-1, 2)).mean(2))
+
+
+def textbook(ollm, batch, alpha):
+    """Returns Self-KD's loss by two full passes, or SFT's (alpha 0) by one.
+
+    The CE is taken over the whole sequence, as in transformers.
+    """
+    if alpha > 0:
+        with torch.no_grad():
+            teacher, teacher_labels = textbook_pass(ollm, batch, "text")  # (B, T, V), (B, T)
+    student, labels = textbook_pass(ollm, batch, "audio")  # speech takes more tokens
+    ce = F.cross_entropy(student.flatten(0, 1), labels.flatten(), ignore_index=IGNORE)
+    if alpha == 0:
+        return ce
+
+    is_answer = labels != IGNORE  # (B, T)
+    teacher = teacher[teacher_labels != IGNORE]  # (N, V)
+    kl, *_ = self_kd_loss(student[is_answer], teacher, labels[is_answer], alpha=1)
+    return (1 - alpha) * ce + alpha * kl
+
+
+# ---- ours ----------------------------------------------------------------------------------------
+
+
+def shared_prefix(ollm, batch, alpha):
+    """Returns the loss with the prefix read once, but logits at all positions of the queries."""
+    prefix = ollm.encode_prefix(batch)
+    audio = ollm.hear(batch["mel"], batch["n_frames"])  # (B, A, D)
+    student = ollm.lvlm.lm_head(ollm.continue_prefix(prefix, batch["audio"], audio)[0])  # (B, S, V)
+    with torch.no_grad():
+        teacher = ollm.lvlm.lm_head(ollm.continue_prefix(prefix, batch["text"])[0])  # (B, S, V)
+
+    labels = next_labels(batch["audio"]["labels"])  # (B, S)
+    student, labels = student[labels != IGNORE], labels[labels != IGNORE]  # (N, V), (N,)
+    teacher = teacher[next_labels(batch["text"]["labels"]) != IGNORE]  # (N, V)
+    return self_kd_loss(student, teacher, labels, alpha)[0]
+
+
+def ours(ollm, batch, alpha):
+    """Returns the loss that train.py takes."""
+    return ollm(batch, alpha)[0]
+
+
+STEPS = {  # key: (name, loss, alpha, length in seconds that speech is padded to)
+    "textbook_kd": ("textbook Self-KD", textbook, ALPHA, 30),
+    "shared_prefix": ("+ shared prefix", shared_prefix, ALPHA, 30),
+    "answer_head": ("+ answer-only head", ours, ALPHA, 30),
+    "kd": ("+ real audio length: our Self-KD", ours, ALPHA, 0),
+    "sft": ("our SFT", ours, 0.0, 0),
+    "textbook_sft": ("textbook SFT", textbook, 0.0, 30),
+    "textbook_kd_real_length": ("textbook Self-KD, real length", textbook, ALPHA, 0),
+}
+EVERY_ROUND = ("textbook_kd", "kd", "sft", "textbook_sft")
+RATIOS = {"textbook_kd_over_kd": ("textbook_kd", "kd"),
+          "textbook_sft_over_kd": ("textbook_sft", "kd"), "kd_over_sft": ("kd", "sft"),
+          "textbook_kd_over_kd_both_30s": ("textbook_kd", "answer_head"),
+          "textbook_kd_over_kd_both_real_length": ("textbook_kd_real_length", "kd")}
+
+
+def step(ollm, optimizer, batch, loss_of, alpha):
+    """Takes one step: forward, backward and update, in bfloat16 on a GPU, as in train.py."""
+    device = batch["mel"].device.type
+    with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+        loss = loss_of(ollm, batch, alpha)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+# ---- models and samples --------------------------------------------------------------------------
+
+
+def build(size, share, device):
+    """Returns (OLLM with random weights, its optimizer); share: of the real models' layers."""
+    torch.manual_seed(0)
+    lvlm, tokenizer, settings = build_lvlm()
+    audio_parts = build_audio_encoder()
+    if size == "internvl2-1b":
+        config, whisper = copy.deepcopy(INTERNVL2_1B), dict(WHISPER_LARGE_V3)
+        for part, key in ((config["vision_config"], "num_hidden_layers"),
+                          (config["llm_config"], "num_hidden_layers"), (whisper, "encoder_layers")):
+            part[key] = max(1, round(part[key] * share))
+        image_token = tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")  # any id would do
+        lvlm = InternVLForConditionalGeneration(native_config(config, image_token))
+        settings = {**lvlm_settings(lvlm), "system": " ".join(["picture"] * SYSTEM_TOKENS)}
+        audio_parts = (WhisperEncoder(WhisperConfig(**whisper)),
+                       WhisperFeatureExtractor(feature_size=whisper["num_mel_bins"]))
+        tokenizer.model_max_length = config["llm_config"]["max_position_embeddings"]
+
+    ollm = OLLM(lvlm, tokenizer, settings, None, *audio_parts)
+    ollm.train_only("vision-audio")
+    ollm.to(device)
+    if device.type == "cuda":  # parameters alone: rotations of far positions need exact buffers
+        for parameter in ollm.lvlm.parameters():
+            parameter.data = parameter.data.to(torch.bfloat16)
+    trained = [p for p in ollm.parameters() if p.requires_grad]
+    return ollm, torch.optim.AdamW(trained, lr=1e-5, fused=True)
+
+
+def to_float64(module):
+    """Returns the module in double precision throughout, to compare runs and gradients exactly.
+
+    transformers' RMSNorm computes in float32 even then; torch's own keeps the precision.
+    """
+    for name, child in module.named_children():
+        if isinstance(child, Qwen2RMSNorm):
+            norm = nn.RMSNorm(child.weight.shape, eps=child.variance_epsilon)
+            norm.weight = child.weight
+            setattr(module, name, norm)
+        else:
+            to_float64(child)
+    return module.double()
+
+
+def make_batch(ollm, tiles, args, audio_seconds):
+    """Returns a batch of random samples, all of the lengths that the arguments ask for.
+
+    tiles: squares of a picture, with the thumbnail; audio_seconds: what speech is padded to
+    """
+    rng, size = np.random.default_rng(0), ollm.settings["image_size"]
+    samples = []
+    for _ in range(args.batch):
+        pixels = rng.standard_normal((tiles, 3, size, size), dtype=np.float32)
+        wave = rng.standard_normal(round(args.seconds * data.SAMPLE_RATE), dtype=np.float32)
+        samples.append({"question": " ".join(["what"] * args.question),
+                        "answer": " ".join(["red"] * (args.answer - 1)),  # and the end mark
+                        "pixels": torch.from_numpy(pixels), "wave": 0.1 * wave})
+    settings = {**ollm.settings, "audio_seconds": audio_seconds}
+    batch = data.collate(samples, ollm.tokenizer, ollm.mel_extractor, settings)
+    return data.to(batch, ollm.lvlm.device)
+
+
+# ---- arithmetic ----------------------------------------------------------------------------------
+
+
+def flop_counter():
+    """Returns torch's counter, taught the CPU's attention: 2 products forward, 5 backward."""
+    aten = torch.ops.aten
+    return FlopCounterMode(display=False, custom_mapping={
+        aten._scaled_dot_product_flash_attention_for_cpu:
+            lambda query, key, *_, **__: 2 * 2 * query.numel() * key[-2],
+        aten._scaled_dot_product_flash_attention_for_cpu_backward:
+            lambda _, query, key, *__, **___: 5 * 2 * query.numel() * key[-2]})
+
+
+def layer_flops(tokens, keys, width, weights):
+    """Returns the FLOPs of a transformer layer: two a multiplication, as torch counts.
+
+    weights: how many numbers the layer's linear maps have
+    """
+    linear_maps = 2 * tokens * weights
+    scores = 2 * tokens * keys * width
+    weighted_values = 2 * tokens * keys * width
+    return linear_maps + scores + weighted_values
+
+
+def see_flops(ollm):
+    """Returns the FLOPs of the vision encoder and its projector for one tile, forward."""
+    vision, image_tokens = ollm.lvlm.config.vision_config, ollm.settings["tokens_per_tile"]
+    width, llm_width = vision.hidden_size, ollm.lvlm.config.text_config.hidden_size
+    patches = (vision.image_size[0] // vision.patch_size[0]) ** 2
+    patch_embedding = 2 * patches * 3 * vision.patch_size[0] ** 2 * width
+    weights = 4 * width**2 + 2 * width * vision.intermediate_size
+    layers = vision.num_hidden_layers * layer_flops(patches + 1, patches + 1, width, weights)
+
+    # The projector, two linear maps, reads the patches of an image token side by side.
+    projector_weights = patches // image_tokens * width * llm_width + llm_width**2
+    return patch_embedding + layers + 2 * image_tokens * projector_weights
+
+
+def hear_flops(ollm, frames):
+    """Returns the FLOPs of audio encoder and projector for a clip, forward and both gradients."""
+    audio, width = ollm.audio_encoder.config, ollm.audio_encoder.config.d_model
+    positions, tokens = frames // 2, frames // 4
+    convolution_1 = 2 * frames * 3 * audio.num_mel_bins * width
+    convolution_2 = 2 * positions * 3 * width**2
+    weights = 4 * width**2 + 2 * width * audio.encoder_ffn_dim
+    layers = audio.encoder_layers * layer_flops(positions, positions, width, weights)
+    projector = 2 * tokens * width * ollm.lvlm.config.text_config.hidden_size
+
+    # The spectrogram needs no gradient: for the first convolution, two products instead of three.
+    return 2 * convolution_1 + 3 * (convolution_2 + layers + projector)
+
+
+def floor(ollm, batch):
+    """Returns the FLOPs that a Self-KD step cannot do without: each product that is needed, once.
+
+    Vision encoder and LLM run once over the prefix. The teacher runs forward, the student forward
+    and backward to its audio tokens; frozen weights take no gradient. The head runs forward for
+    both, backward for one.
+    """
+    llm = ollm.lvlm.config.text_config
+    samples, prefix = batch["prefix"]["ids"].shape
+    teacher, student = batch["text"]["ids"].size(1), batch["audio"]["ids"].size(1)
+    answers = int((batch["text"]["labels"] != IGNORE).sum())
+    frames = int(batch["n_frames"].sum()) // samples
+
+    # A layer of the LLM: keys and values, queries and output, and the MLP's three maps.
+    width, layers = llm.hidden_size, llm.num_hidden_layers
+    keys_and_values = 2 * width * width * llm.num_key_value_heads // llm.num_attention_heads
+    weights = keys_and_values + 2 * width**2 + 3 * width * llm.intermediate_size
+
+    # The last layer's output at the prefix is never read, only its keys and values are.
+    read_prefix = (layers - 1) * layer_flops(prefix, prefix, width, weights)
+    read_prefix += 2 * prefix * keys_and_values
+    read_query = layers * layer_flops(teacher, prefix + teacher, width, weights)
+    hear_query = layers * layer_flops(student, prefix + student, width, weights)
+
+    # Backward, attention takes four products. Two give the gradients of scores and queries, with
+    # all keys. Two give those of keys and values, which only the student's own need.
+    backward = layers * layer_flops(student, prefix + student, width, weights)
+    backward += layers * 2 * 2 * student * student * width
+    head = 3 * 2 * answers * width * llm.vocab_size
+
+    one_sample = read_prefix + read_query + hear_query + backward + hear_flops(ollm, frames)
+    return len(batch["pixels"]) * see_flops(ollm) + samples * one_sample + head
+
+
+# ---- time and memory -----------------------------------------------------------------------------
+
+
+def worst_difference(args):
+    """Returns the largest relative difference of our gradients from the textbook's, in float64."""
+    ollm, _ = build("shapes", 1, torch.device("cpu"))
+    to_float64(ollm)
+    trained = [p for p in ollm.parameters() if p.requires_grad]
+    batch = make_batch(ollm, 4, args, 30)
+    batch |= {key: batch[key].double() for key in ("pixels", "mel")}
+
+    def gradient(loss_of, alpha):
+        gradients = torch.autograd.grad(loss_of(ollm, batch, alpha), trained)
+        return torch.cat([g.flatten() for g in gradients])
+
+    worst = 0.0
+    for loss_of, alpha in ((shared_prefix, ALPHA), (ours, ALPHA), (ours, 0.0)):
+        expected = gradient(textbook, alpha)
+        difference = (gradient(loss_of, alpha) - expected).norm() / expected.norm()
+        worst = max(worst, difference.item())
+    return worst
+
+
+def now(device):
+    """Returns the time in seconds, once the device has finished its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def matmul_rate(device):
+    """Returns FLOP/s of a large matrix product (bfloat16 on a GPU): the best the machine can do."""
+    n, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (2048, torch.float32)
+    a, b = (torch.randn(n, n, dtype=dtype, device=device) for _ in range(2))
+    times = []
+    for _ in range(10):
+        started = now(device)
+        a @ b
+        times.append(now(device) - started)
+    return 2 * n**3 / min(times)
+
+
+def measure(args):
+    """Returns ({(tiles, step): [seconds, ...]}, {(tiles, step): FLOPs}, {tiles: floor}).
+
+    All steps take turns. The first round counts FLOPs as well, which takes milliseconds. In the
+    real widths, steps that are not in EVERY_ROUND are timed in the first round alone.
+    """
+    device = torch.device(args.device)
+    ollm, optimizer = build(args.size, args.layers, device)
+    seconds, flops = {}, {}
+    todo = [(i, tiles, name) for i in range(args.rounds) for tiles in args.tiles for name in STEPS
+            if i == 0 or name in EVERY_ROUND or args.size == "shapes"]
+    for i, tiles, name in tqdm(todo, desc="steps", unit="step", mininterval=5):
+        _, loss_of, alpha, audio_seconds = STEPS[name]
+        batch = make_batch(ollm, tiles, args, audio_seconds)
+        with flop_counter() if i == 0 else contextlib.nullcontext() as counter:
+            started = now(device)
+            step(ollm, optimizer, batch, loss_of, alpha)
+            seconds.setdefault((tiles, name), []).append(now(device) - started)
+        if i == 0:
+            flops[tiles, name] = counter.get_total_flops()
+    floors = {tiles: floor(ollm, make_batch(ollm, tiles, args, 0)) for tiles in args.tiles}
+    return seconds, flops, floors
+
+
+def highest_use(device):
+    """Returns the most bytes that this process has held so far, on a GPU those of its tensors."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux, where getrusage begins with what the parent process held
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status.read_text()).group(1))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS, in bytes
+
+
+def peak_memory(args):
+    """Returns the bytes above the weights that one step takes: activations, gradients, moments."""
+    device = torch.device(args.device)
+    ollm, optimizer = build(args.size, args.layers, device)
+    _, loss_of, alpha, audio_seconds = STEPS[args.peak]
+    batch = make_batch(ollm, args.tiles[0], args, audio_seconds)
+    weights = highest_use(device)
+
+    # AdamW has its moments from the second step on; a step with gradient 0 makes them.
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            p.grad = torch.zeros_like(p)
+    optimizer.step()
+    optimizer.zero_grad()
+    step(ollm, optimizer, batch, loss_of, alpha)
+    return highest_use(device) - weights
+
+
+def peaks(args, tiles):
+    """Returns {step: bytes}, each measured in its own process."""
+    memory = {}
+    for name in ("textbook_kd", "kd"):
+        command = [sys.executable, "-m", "analysis.bench", "--peak", name, "--tiles", str(tiles)]
+        for key in ("size", "layers", "seconds", "question", "answer", "batch", "device"):
+            command += [f"--{key}", str(getattr(args, key))]
+        done = subprocess.run(command, cwd=Path(__file__).parent.parent, check=True,
+                              stdout=subprocess.PIPE, text=True)
+        memory[name] = int(done.stdout)
+    return memory
+
+
+# ---- reporting -----------------------------------------------------------------------------------
+
+
+def ratio(seconds, tiles, slow, fast):
+    """Returns the median of slow / fast over the rounds that timed both."""
+    return statistics.median(a / b for a, b in zip(seconds[tiles, slow], seconds[tiles, fast]))
+
+
+def summary(args, seconds, flops, floors, memory):
+    """Returns all numbers as one JSON object; a key ends with its number of tiles, _1 or _7."""
+    result = {"seconds": {}, "ratios": {}, "memory": {}, "flops": {}}
+    for tiles in args.tiles:
+        for name in STEPS:
+            result["seconds"][f"{name}_{tiles}"] = statistics.median(seconds[tiles, name])
+            result["flops"][f"{name}_{tiles}"] = flops[tiles, name]
+        for key, pair in RATIOS.items():
+            result["ratios"][f"{key}_{tiles}"] = ratio(seconds, tiles, *pair)
+        for name, size in memory[tiles].items():
+            result["memory"][f"{name}_bytes_{tiles}"] = size
+        relative = memory[tiles]["kd"] / memory[tiles]["textbook_kd"]
+        result["memory"][f"kd_over_textbook_{tiles}"] = relative
+        result["flops"][f"floor_{tiles}"] = floors[tiles]
+        result["flops"][f"over_floor_{tiles}"] = flops[tiles, "kd"] / floors[tiles]
+    return result
+
+
+def print_steps(args, tiles, seconds, flops, memory, rate):
+    """Prints the table of one number of tiles, a line a step."""
+    print(f"\nTiles: {tiles}; speech of {args.seconds:g} s, batches of {args.batch}\n")
+    rows = []
+    for name, (label, *_) in STEPS.items():
+        times, work = seconds[tiles, name], flops[tiles, name]
+        median, speedup = statistics.median(times), ratio(seconds, tiles, "textbook_kd", name)
+        size = f"{memory[tiles][name] / 1e9:.2f}" if name in memory[tiles] else ""
+        rows.append([label, f"{median:.3g} ({min(times):.3g} to {max(times):.3g})",
+                     f"{speedup:.2f}", f"{work / 1e9:.4g}", f"{100 * work / median / rate:.0f} %",
+                     size])
+    tables.print_table(["step", "s, median (least to most)", "textbook Self-KD / it", "GFLOP",
+                        "of matmul rate", "GB above weights"], rows)
+
+
+def parse_arguments():
+    """Returns the command line's arguments."""
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--size", choices=["internvl2-1b", "shapes"], default="internvl2-1b",
+        help="the real models' widths, or the built-in world's models")
+    add("--layers", type=float, default=0.25, help="share of the real models' layers; 1 is all")
+    add("--tiles", type=int, nargs="+", default=[1, 7], help="squares of a picture")
+    add("--seconds", type=float, default=4.0, help="length of a spoken question, up to 30")
+    add("--question", type=int, default=16, help="tokens of a written question")
+    add("--answer", type=int, default=40, help="tokens of an answer, with its end mark")
+    add("--batch", type=int, default=1, help="samples a step")
+    add("--rounds", type=int, default=3, help="how often each step is timed")
+    add("--device", choices=["cpu", "cuda"], help="default: cuda if there is one",
+        default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--json", action="store_true", help="print one line of JSON last")
+    add("--peak", choices=STEPS, help="print the memory (bytes) of one such step and nothing else")
+    return parser.parse_args()
+
+
+def main():
+    args = parse_arguments()
+    if args.peak:
+        return print(peak_memory(args))
+    worst = worst_difference(args)
+    print("gradients of shared prefix and answer-only head against the textbook's, float64, tiny "
+          f"widths: relative difference {worst:.1e}")
+    assert worst < 1e-9, "the shared prefix or the answer-only head changes the gradient"
+
+    memory = {tiles: peaks(args, tiles)
+              for tiles in tqdm(args.tiles, desc="memory", unit="size", mininterval=5)}
+    rate = matmul_rate(torch.device(args.device))
+    share = f", {args.layers:g} of the layers" if args.size == "internvl2-1b" else ""
+    print(f"{args.size}{share}, random weights; {args.device}, {torch.get_num_threads()} threads, "
+          f"matrix products at {rate / 1e9:.0f} GFLOP/s")
+    seconds, flops, floors = measure(args)
+    for tiles in args.tiles:
+        print_steps(args, tiles, seconds, flops, memory, rate)
+
+    result = summary(args, seconds, flops, floors, memory)
+    print()
+    for kind in ("ratios", "memory", "flops"):
+        for key, value in result[kind].items():
+            if value < 1000:  # the shares; bytes and FLOPs stand in the tables
+                print(f"{key:40} {value:.3f}")
+    if args.json:
+        print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    with readable_errors():
+        main()

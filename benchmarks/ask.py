@@ -1,0 +1,302 @@
+"""The paper's evaluation: the seven benchmarks, asked in writing and aloud.
+
+    python eval.py RUN RUN --bench DIR                       # runs, on those of the seven in DIR
+    python eval.py RUN --bench MME.tsv --speak question      # options and format stay in writing
+    python eval.py --endpoint URL --model NAME --bench DIR   # any model behind a chat server
+
+Files, prompts and scores are those of scorers.py; here they are asked. Answers are appended to
+RUN/predictions batch by batch, so an evaluation that was interrupted goes on where it stopped and
+ends with the same file. A model that is no run of ours has its answers in runs/asked/NAME, a
+server's in runs/endpoint/NAME.
+"""
+
+import functools
+import hashlib
+import json
+import math
+import re
+import statistics
+from pathlib import Path
+
+from tqdm import tqdm
+
+from benchmarks import endpoint
+from benchmarks.scorers import BENCHMARKS, image_of, prompt, read_tsv, score
+from data import pixels, tile
+from model import OLLM
+from plumbing import runs
+from plumbing.files import BadInput, at, only_writer, write_json_lines, write_text
+from plumbing.media import MAX_SECONDS, SAMPLE_RATE, VOICES, load_audio, save_sound, speak
+from plumbing.tables import COLORS, blank_figure, paired_bootstrap, print_summaries, save_figure
+
+SPEEDS = (175, 260, 350, 450)  # words a minute: long questions are spoken faster
+VLMEVALKIT_TILES = {"ChartQA_TEST": 12, "DocVQA_VAL": 18, "InfoVQA_VAL": 24}  # others 6 (July 2024)
+
+# What the table says of a benchmark beside the paper's columns.
+SHARES = ("yes ratio of answered", "yes ratio of all", "unknown share")
+DETAILS = {"MME": ("perception", "reasoning", "sum/28", "accuracy", *SHARES),
+           "HallusionBench": ("aAcc", "fAcc", "qAcc", *SHARES),
+           "RealWorldQA": ("unknown share",)}
+
+
+def add_arguments(parser):
+    """Adds the flags of the benchmarks to eval.py's parser."""
+    add = parser.add_argument
+    add("--bench", nargs="+", metavar="TSV", help="VLMEvalKit's files, or folders of them")
+    add("--speak", choices=["prompt", "question"], default="prompt",
+        help="what is spoken: the whole prompt, or the question; the rest then follows in writing")
+    add("--voice", default=VOICES[0], help="espeak-ng's voice for benchmarks, accent+variant")
+    add("--speech", default="runs/speech", help="folder that keeps the benchmarks' speech")
+    add("--batch", type=int, default=8, help="benchmark questions answered at once")
+    add("--max-new-tokens", type=int, default=64, help="of an answer, in benchmarks")
+    add("--vlmevalkit-tiles", action="store_true",
+        help="cut pictures into as many tiles as VLMEvalKit did for InternVL2: 6 to 24")
+    add("--endpoint", metavar="URL", help="ask an OpenAI-compatible chat server (.../v1), too")
+    add("--model", help="the name of the server's model")
+
+
+# ---- questions -----------------------------------------------------------------------------------
+
+
+def bench_files(paths):
+    """Returns the benchmarks' files; a folder stands for those of the seven that it has."""
+    files = []
+    for path in map(Path, paths):
+        inside = [path / f"{name}.tsv" for name in BENCHMARKS]
+        files += [file for file in inside if file.exists()] or [path]
+    for file in files:
+        if file.stem not in BENCHMARKS:
+            names = ", ".join(f"{name}.tsv" for name in BENCHMARKS)
+            raise BadInput(f"{file}: no such benchmark; there are {names}")
+    return files
+
+
+def bench_rows(path, n):
+    """Returns a benchmark's first n rows, each with its "prompt": question and "rest"."""
+    rows, dropped = read_tsv(path)
+    if dropped:
+        print(f"{path}: {dropped} rows without a picture are left out, as VLMEvalKit does")
+    for row in rows:
+        row["question"], row["rest"] = prompt(path.stem, row)
+        row["prompt"] = row["question"] + row["rest"]
+    return rows[:n]
+
+
+def bench_sample(row, forms, settings, args):
+    """Returns a row as a sample: its picture, and its prompt in writing, and aloud if need be.
+
+    settings: {"max_tiles", "image_size"} of the picture's tiles; None leaves it whole (a server's)
+    """
+    with at(row["where"]):
+        sample = {"where": row["where"], "image": image_of(row), "question": row["prompt"],
+                  "answer": ""}
+        if settings:
+            tiles = tile(sample["image"], settings["max_tiles"], settings["image_size"])
+            sample["pixels"] = pixels(tiles)  # (N, 3, H, W)
+        if "audio" in forms:
+            aloud, after = row["prompt"], ""
+            if args.speak == "question":
+                aloud, after = row["question"], row["rest"]
+            sample |= {"wave": speech(aloud, args.voice, Path(args.speech)), "after": after}
+        return sample
+
+
+def speech(text, voice, folder):
+    """Returns a text spoken by espeak-ng, (samples,); the folder keeps each text and voice."""
+    name = hashlib.sha256(f"{voice}|{text}".encode()).hexdigest()[:32]
+    path = folder / f"{name}.flac"
+    if not path.exists():
+        for words_per_minute in SPEEDS:
+            wave, _ = speak(text, voice, words_per_minute)  # (samples,)
+            if len(wave) <= MAX_SECONDS * SAMPLE_RATE:
+                break
+        save_sound(path, wave)  # refuses one that is still too long
+    return load_audio(path)
+
+
+# ---- answers -------------------------------------------------------------------------------------
+
+
+def run_subject(run, args):
+    """Returns a run, or any LVLM that model.py reads, as a dict of all that asking it needs.
+
+    "label", "name" in tables (the same for all seeds), "folder" of its predictions, "forms" that it
+    understands, "settings" of its tiles, "version" (8 hex digits of its weights), and "answer", a
+    function of (samples, forms) that returns {form: [answer, ...]}.
+    """
+    ollm, about = OLLM.load(run).to(args.device).eval(), runs.about(run)
+    settings = dict(ollm.settings)
+    if args.max_tiles is not None:
+        settings["max_tiles"] = args.max_tiles
+
+    # A run that is trained anew in the same folder, or on another base, is asked anew.
+    weights = runs.fingerprint(run) + about.get("base_fingerprint", "")
+    return {"label": str(run), "name": runs.name(run), "folder": runs.place_for_answers(run),
+            "forms": ("text",) if ollm.audio_encoder is None else ("text", "audio"),
+            "settings": settings, "version": hashlib.sha256(weights.encode()).hexdigest()[:8],
+            "answer": functools.partial(ollm.answer, max_new_tokens=args.max_new_tokens)}
+
+
+def server_subject(args):
+    """Returns the server's model as such a dict; its settings and version are not ours to know."""
+    if not args.model:
+        raise BadInput("--endpoint needs --model, the name of the server's model")
+    name = re.sub(r"[^\w.-]+", "-", args.model).strip(".")
+    return {"label": args.model, "name": args.model, "folder": Path("runs/endpoint") / name,
+            "forms": ("text", "audio"), "settings": None,
+            "answer": functools.partial(endpoint.answer, args.endpoint, args.model,
+                                        max_new_tokens=args.max_new_tokens)}
+
+
+def read_predictions(path, batches):
+    """Returns {index: line} of the answers that an earlier evaluation left in a file.
+
+    A last line cut off, and batches of which only a part is there, are dropped from the file: they
+    are asked anew. Raises BadInput for a line that answers another question than its row asks now.
+    """
+    if not path.exists():
+        return {}
+    predictions, keys = {}, ("index", "prompt", "answer", "text", "audio")
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+        with at(f"{path}:{number}"):
+            line = json.loads(line)
+            predictions[line["index"]] = {key: line[key] for key in keys}
+
+    for batch in batches:
+        lines = [predictions.get(row["index"]) for row in batch]
+        for row, line in zip(batch, lines):
+            if line and line["prompt"] != row["prompt"]:
+                raise BadInput(f"{path}: answers another question than {row['where']} asks: "
+                               "delete it to ask anew")
+            if None in lines:
+                predictions.pop(row["index"], None)
+    write_json_lines(path, predictions.values())
+    return predictions
+
+
+def predict(subject, settings, rows, path, args):
+    """Asks each row in writing and aloud. Returns {index: {"text": answer, "audio": answer, ...}}.
+
+    path: JSONL to which each batch's answers are appended; "audio" is None without speech
+    """
+    # Questions of like length share a batch. Batches are the same each time, so an evaluation that
+    # was interrupted ends with the same file as one that was not.
+    ordered = sorted(rows, key=lambda row: len(row["prompt"]))
+    batches = [ordered[start : start + args.batch] for start in range(0, len(rows), args.batch)]
+    predictions = read_predictions(path, batches)
+
+    for batch in tqdm(batches, desc=str(path), unit="batch"):
+        if batch[0]["index"] in predictions:  # and so are the others: there are whole batches only
+            continue
+        samples = [bench_sample(row, subject["forms"], settings, args) for row in batch]
+        answers = {"audio": [None] * len(batch), **subject["answer"](samples, subject["forms"])}
+
+        # A batch is on disk before the next is asked.
+        lines = [{"index": row["index"], "prompt": row["prompt"], "answer": row["answer"],
+                  "text": text, "audio": audio}
+                 for row, text, audio in zip(batch, answers["text"], answers["audio"])]
+        with open(path, "a", encoding="utf-8") as out:
+            out.writelines(json.dumps(line) + "\n" for line in lines)
+        predictions |= {line["index"]: line for line in lines}
+    return predictions
+
+
+def score_subject(subject, files, args):
+    """Returns {form: {benchmark: what `score` gives}} of a subject on these files."""
+    results = {form: {} for form in subject["forms"]}
+    for file in files:
+        # The name tells all that answers depend on, so no others are taken for them.
+        voice, settings = args.voice.replace("/", "_"), subject["settings"]
+        name = f"{file.stem}-{args.speak}-{voice}-{args.max_new_tokens}tokens"
+        if settings and args.vlmevalkit_tiles:
+            settings = {**settings, "max_tiles": VLMEVALKIT_TILES.get(file.stem, 6)}
+        if settings:
+            name += f"-{settings['max_tiles']}tiles-{subject['version']}"
+
+        rows, path = bench_rows(file, args.n), subject["folder"] / f"predictions/{name}.jsonl"
+        with only_writer(path.parent):
+            predictions = predict(subject, settings, rows, path, args)
+        for form in subject["forms"]:
+            for row in rows:
+                row["prediction"] = predictions[row["index"]][form]
+            results[form][file.stem] = score(file.stem, rows)
+    return results
+
+
+# ---- the report ----------------------------------------------------------------------------------
+
+
+def report(args):
+    """Asks every run, and the server; prints the table, and writes it as JSON and as a picture."""
+    files, groups, results, out = bench_files(args.bench), {}, {}, Path(args.out)
+
+    def add(subject):
+        scores = score_subject(subject, files, args)
+        results[subject["label"]] = scores
+        column = {form: measures(benchmarks) for form, benchmarks in scores.items()}
+        groups.setdefault(subject["name"], []).append(column)
+
+    # One model at a time is in memory.
+    names = args.runs or ([] if args.endpoint else runs.default_runs(args.preset, args.seed))
+    for run in names:
+        add(run_subject(run, args))
+    if args.endpoint:
+        add(server_subject(args))
+
+    print_summaries(groups)
+    print_differences(results)
+    content = json.dumps({"table": groups, "runs": results}, indent=1)
+    write_text(out / "benchmarks.json", content + "\n")
+    print(out / "benchmarks.json")
+    columns = [column for file in files for column in BENCHMARKS[file.stem]]
+    draw_bars(groups, columns, out / "benchmarks.png")
+
+
+def measures(results):
+    """Returns {line: value} of the table from {benchmark: scores} of one run and form."""
+    columns, details = {}, {}
+    for name, result in results.items():
+        for column, key in BENCHMARKS[name].items():
+            if key in result:  # ChartQA's file may lack one of its splits
+                columns[column] = result[key]
+        for key in DETAILS.get(name, ()):
+            if result[key] is not None:
+                details[f"{name}: {key}"] = result[key]
+    mean = {"mean": statistics.fmean(columns.values())} if columns else {}
+    return {**columns, **mean, **details}
+
+
+def print_differences(results):
+    """Prints differences of the mean score: speech against text, and run against run."""
+    listening = {label: scores for label, scores in results.items() if "audio" in scores}
+    first = next(iter(listening), None)
+    for label, scores in listening.items():
+        pairs = {"speech - text": scores["text"]}
+        if label != first:
+            pairs[f"speech - that of {first}"] = listening[first]["audio"]
+        for title, others in pairs.items():
+            for name, result in scores["audio"].items():
+                mean, low, high = paired_bootstrap(others[name]["rows"], result["rows"])
+                print(f"{label}, {name}, {title}: {mean:+.1f} points a row, "
+                      f"95 % interval {low:+.1f} to {high:+.1f}")
+
+
+def draw_bars(groups, columns, path):
+    """Draws the paper's columns as bars, means over seeds: each base's text, each run's speech."""
+    bars = {}
+    for name, seeds in groups.items():
+        for form in seeds[0]:
+            values = [statistics.fmean(seed[form].get(column, math.nan) for seed in seeds)
+                      for column in columns]
+            if form == "audio" or values not in bars.values():
+                bars["text" if not bars else f"{name}, {form}"] = values
+
+    figure, grid = blank_figure(2 + 1.2 * len(columns), 4)
+    axes, width = grid[0, 0], 0.8 / len(bars)
+    for i, (label, values) in enumerate(bars.items()):
+        places = [x - 0.4 + (i + 0.5) * width for x in range(len(columns))]
+        axes.bar(places, values, width, label=label, color=COLORS[i % len(COLORS)])
+    axes.set_xticks(range(len(columns)), columns)
+    axes.set_ylabel("score (%)")
+    figure.legend(loc="outside upper center", ncols=4, fontsize="small")
+    save_figure(figure, path)

@@ -1,0 +1,1 @@
+"""Nothing of the method is here: files, processes, checkpoints, runs on disk, media and tables."""

@@ -1,0 +1,195 @@
+"""Files that are whole or absent, folders with one writer, and errors in one line."""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+# What torch says when another process of the job, or one that reads data ahead, has died.
+OTHER_PROCESS = re.compile("gloo|NCCL|DataLoader worker|process pool")
+
+
+class BadInput(Exception):
+    """Something that the user gave cannot be used; the message says what and where."""
+
+
+# ---- errors in one line --------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def at(place):
+    """Turns any error inside into a BadInput that begins with the place: "samples.jsonl:7: ..."."""
+    try:
+        yield
+    except Exception as error:
+        kind = "" if isinstance(error, (BadInput, OSError)) else f"{type(error).__name__}: "
+        raise BadInput(f"{place}: {kind}{one_line(error)}") from error
+
+
+@contextlib.contextmanager
+def readable_errors():
+    """Ends a script with one line on stderr for what the user can mend, and with its exit code.
+
+    Ctrl-C and SIGTERM end it with a line, too, and exit code 130. SELF_KD_TRACEBACK=1 shows
+    Python's traceback instead of the line.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        if os.environ.get("RANK", "0") == "0":  # one of torchrun's processes speaks for all
+            where = f": {error}" if error.args else ""
+            print(f"interrupted{where}; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
+    except (BadInput, OSError, RuntimeError) as error:  # RuntimeError: torch has no class of its own
+        dead = isinstance(error, BrokenProcessPool) or OTHER_PROCESS.search(str(error))
+        unknown = isinstance(error, RuntimeError) and not dead
+        if unknown or os.environ.get("SELF_KD_TRACEBACK"):
+            raise
+        hint = " (another process of this job failed and says why, or was killed)"
+        sys.exit(f"error: {one_line(error)}{hint * (isinstance(error, RuntimeError))}")
+
+
+def one_line(error, most=1000):
+    """Returns an error's message without line breaks, at most so many characters of it."""
+    # A loader's process puts its traceback before the message.
+    text = re.sub(r"(?s)^Caught BadInput in DataLoader.*BadInput: ", "", str(error))
+    text = " ".join(text.split()) or type(error).__name__
+    return text if len(text) <= most else f"{text[:most]} ..."
+
+
+# ---- reading -------------------------------------------------------------------------------------
+
+
+def read_json(path):
+    """Returns a JSON file's value. Raises BadInput with the file's name."""
+    with at(path):
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def json_lines(path):
+    """Yields ("file:line", value) for each line of a JSONL file. Raises BadInput with the place."""
+    with at(path):
+        lines = Path(path).read_bytes().splitlines()
+    for number, line in enumerate(lines, 1):
+        with at(f"{path}:{number}"):
+            value = json.loads(line)
+        yield f"{path}:{number}", value
+
+
+# ---- writing -------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def written_whole(path, sync=False):
+    """Yields a temporary path and renames it to `path` if all went well: no reader sees half a file.
+
+    sync: first wait for the disk, so that not even a power cut leaves half a file under the name
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        if sync:
+            flush_to_disk(temporary)
+        os.replace(temporary, path)
+        if sync:
+            flush_to_disk(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path, text):
+    """Writes a text file, whole or not at all."""
+    with written_whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json_lines(path, values):
+    """Writes a JSONL file, a value a line, whole or not at all."""
+    write_text(path, "".join(json.dumps(value) + "\n" for value in values))
+
+
+@contextlib.contextmanager
+def written_folder(folder, last):
+    """Yields a temporary folder and moves its files into `folder` if all went well.
+
+    last: the name of the file that is moved last; where it lies, all others are complete
+    """
+    folder = Path(folder)
+    temporary = folder / ".saving.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        with at(folder):
+            temporary.mkdir(parents=True)
+            yield temporary
+            for path in sorted(temporary.iterdir(), key=lambda path: path.name == last):
+                flush_to_disk(path)
+                os.replace(path, folder / path.name)
+            flush_to_disk(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def flush_to_disk(path):
+    """Returns when the disk has a file's content, or a folder's names."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def only_writer(folder, patience=120):
+    """Makes the folder and holds its lock, which the system takes back however this process ends.
+
+    patience: seconds to wait for another writer before BadInput is raised
+    """
+    folder = Path(folder)
+    with at(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            print(f"{folder}: another process writes there; waiting up to {patience:g} s for it",
+                  file=sys.stderr)
+            lock.acquire(timeout=patience)
+
+    try:
+        # What a killed writer left half done goes first.
+        for pattern in (".*.tmp", "images/.*.tmp", "audio/.*.tmp"):
+            for half in folder.glob(pattern):
+                shutil.rmtree(half) if half.is_dir() else half.unlink(missing_ok=True)
+        yield
+    finally:
+        lock.release()
+
+
+def make_once(folder, settings, make):
+    """Calls make() as the folder's only writer, unless it is finished already.
+
+    settings: a dict, kept as settings.json; a folder that other settings began is refused
+    """
+    folder = Path(folder)
+    with only_writer(folder):
+        note = folder / "settings.json"
+        if note.exists() and read_json(note) != settings:
+            raise BadInput(f"{note}: the folder was made with {note.read_text().strip()}, not with "
+                           f"{json.dumps(settings)}: choose another --out, or delete it")
+        write_text(note, json.dumps(settings) + "\n")
+        if (folder / "samples.jsonl").exists():
+            return print(f"{folder}: there already")
+
+        for name in ("images", "audio"):
+            (folder / name).mkdir(exist_ok=True)
+        make()

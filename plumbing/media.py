@@ -1,0 +1,154 @@
+"""Pictures and sound: read from any usual format, spoken by espeak-ng, written whole or not at all."""
+
+import _ctypes
+import ctypes
+import functools
+import math
+from pathlib import Path
+
+import espeakng_loader
+import numpy as np
+import soundfile
+import torch
+import torchaudio
+from PIL import Image
+
+from plumbing.files import BadInput, at, written_whole
+
+SAMPLE_RATE = 16_000  # Hz, what Whisper hears
+MAX_SECONDS = 30  # Whisper has positions for no more
+PICTURES = "PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF"  # no format whose reader starts a program
+
+# Voices of espeak-ng, "accent+variant". Runs are evaluated with variants that no training uses.
+# Variants that breathe (f2, f3, f5, whisper, ...) are left out: their noise differs each time.
+ACCENTS = ("gmw/en-US", "gmw/en", "gmw/en-GB-x-rp")
+VARIANTS = ("m1", "m2", "m3", "m5", "m6", "m8", "f1", "f4",
+            "Andy", "Annie", "Michael", "adam", "david", "linda", "steph")
+HELD_OUT_VARIANTS = ("m4", "m7", "Andrea", "belinda")
+VOICES = tuple(f"{accent}+{variant}" for accent in ACCENTS for variant in VARIANTS)
+HELD_OUT_VOICES = tuple(f"{accent}+{variant}" for accent in ACCENTS for variant in HELD_OUT_VARIANTS)
+
+
+# ---- reading -------------------------------------------------------------------------------------
+
+
+def load_image(file):
+    """Returns a path's or an open file's picture as RGB, wholly decoded. Raises BadInput."""
+    with at(f"cannot read the image {file if isinstance(file, (str, Path)) else ''}".strip()):
+        with Image.open(file, formats=PICTURES) as image:
+            return image.convert("RGB")
+
+
+def load_audio(path, start=0.0, seconds=None):
+    """Returns a recording as 16 kHz mono float32 (samples,), whatever its format and rate.
+
+    start, seconds: which stretch of it, in seconds; None is to its end
+    Raises BadInput if it cannot be read, has no sound, or lasts longer than Whisper can hear.
+    """
+    with at(f"cannot read the audio {path}"), soundfile.SoundFile(path) as file:
+        first = min(start * file.samplerate, file.frames)
+        rest = file.frames - first
+        count = rest if seconds is None else min(seconds * file.samplerate, rest)
+        # Asked before anything is read: a wrong header may claim gigabytes.
+        if count > MAX_SECONDS * file.samplerate:
+            raise BadInput(f"it lasts {count / file.samplerate:.1f} s; Whisper hears {MAX_SECONDS} s")
+
+        file.seek(round(first))
+        wave = file.read(round(count), dtype="float32", always_2d=True).mean(axis=1)  # (samples,)
+        if not len(wave) or not np.isfinite(wave).all():
+            raise BadInput("it has no samples, or samples that are not numbers")
+        return resample(wave, file.samplerate)
+
+
+@functools.cache
+def resampler(rate):
+    """Returns torchaudio's filter from `rate` to 16 kHz; making it takes longer than using it.
+
+    Double precision is three times as fast here: torch's plain convolution suits so long a filter.
+    """
+    # A rate that shares no factor with 16 kHz, such as 16001 Hz, would take gigabytes.
+    if not 4_000 <= rate <= 200_000 or rate * SAMPLE_RATE // math.gcd(rate, SAMPLE_RATE) ** 2 > 2**22:
+        raise BadInput(f"its sample rate is {rate} Hz: convert it to a usual one, such as 16000")
+    return torchaudio.transforms.Resample(rate, SAMPLE_RATE).double()
+
+
+def resample(wave, rate):
+    """Returns a waveform (samples,) at 16 kHz."""
+    if rate == SAMPLE_RATE:
+        return wave
+    return resampler(rate)(torch.from_numpy(wave).double()).float().numpy()
+
+
+# ---- speaking ------------------------------------------------------------------------------------
+
+
+def speak(text, voice=VOICES[0], words_per_minute=175, pitch=50):
+    """Returns (waveform (samples,) float32, 16000): the text spoken by espeak-ng.
+
+    espeak-ng carries state from one utterance to the next and cannot be reset. So its library is
+    loaded anew each time, which makes the speech a function of the arguments alone.
+    Raises BadInput for an empty text and an unknown voice.
+    """
+    if not text.strip() or "\0" in text:
+        raise BadInput("there is nothing to say: the text is empty, or has a NUL character")
+    library = ctypes.CDLL(espeakng_loader.get_library_path())
+    data_path = espeakng_loader.get_data_path().encode()
+    rate = library.espeak_Initialize(2, 0, data_path, 0)  # 2: hand the samples to a callback
+    pieces = []
+
+    @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
+    def keep(samples, count, events):
+        if count > 0:
+            pieces.append(np.ctypeslib.as_array(samples, (count,)).copy())
+        return 0
+
+    try:
+        library.espeak_SetSynthCallback(keep)
+        if library.espeak_SetVoiceByName(voice.encode()) != 0:
+            raise BadInput(f"espeak-ng has no voice {voice!r}")
+        library.espeak_SetParameter(1, words_per_minute, 0)
+        library.espeak_SetParameter(3, pitch, 0)
+        spoken = text.encode() + b"\0"
+        # From character 0 to the end, as UTF-8.
+        library.espeak_Synth(spoken, len(spoken), 0, 1, 0, 1, None, None)
+        library.espeak_Synchronize()
+    finally:
+        library.espeak_Terminate()
+        _ctypes.dlclose(library._handle)
+    if not pieces:
+        raise BadInput(f"espeak-ng says nothing for {text!r:.200}")
+    return resample(np.concatenate(pieces).astype(np.float32) / 32768, rate), SAMPLE_RATE
+
+
+# ---- writing -------------------------------------------------------------------------------------
+
+
+def save_png(path, image):
+    """Writes a picture, unless it is there."""
+    if not path.exists():
+        with written_whole(path) as temporary:
+            image.save(temporary, format="PNG")
+
+
+def save_sound(path, wave):
+    """Writes 16 kHz speech as .flac or .wav. Raises BadInput if Whisper could not hear all of it."""
+    if len(wave) > MAX_SECONDS * SAMPLE_RATE:
+        raise BadInput(f"the speech is longer than Whisper's {MAX_SECONDS} s: "
+                       f"{len(wave) / SAMPLE_RATE:.1f} s")
+    form = Path(path).suffix[1:].upper()
+    if form not in ("FLAC", "WAV"):
+        raise BadInput(f"{path}: speech is written to .wav or .flac")
+    with written_whole(path) as temporary:
+        soundfile.write(temporary, wave, SAMPLE_RATE, format=form, subtype="PCM_16")
+
+
+def save_speech(folder, name, rng, text, voices, rates=(240, 340)):
+    """Speaks a text into folder/audio, unless it is there; returns {"audio", "voice"} for its line.
+
+    Voice, words a minute (from `rates`) and pitch are drawn from rng.
+    """
+    voice, words_per_minute, pitch = rng.choice(voices), rng.randint(*rates), rng.randint(30, 70)
+    path = folder / f"audio/{name}.flac"
+    if not path.exists():
+        save_sound(path, speak(text, voice, words_per_minute, pitch)[0])
+    return {"audio": f"audio/{name}.flac", "voice": voice}

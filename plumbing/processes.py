@@ -1,0 +1,149 @@
+"""Processes: torchrun's, pools of workers, and signals. With one process, sums and waits do nothing."""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+PARENT = "SELF_KD_PARENT"  # environment variable: the process that a script is to end with
+
+
+# ---- torchrun's processes ------------------------------------------------------------------------
+
+
+def set_up_processes(device=None):
+    """Returns (rank, world_size, torch.device) from torchrun's environment, or of a single process."""
+    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with(os.getppid())
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if device == "cpu":  # where it costs nothing: the same command gives the same bytes
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
+
+    if processes > 1:
+        store, *_ = next(dist.rendezvous("env://", rank, processes))
+        # torchrun --max-restarts gives new processes the store of the dead ones, which still holds
+        # their addresses (PyTorch issue 135712). Several nodes need another cure: docs/reliability.md.
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":
+            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+        backend = "nccl" if device == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=processes)
+    return rank, processes, torch.device(device)
+
+
+def close_processes():
+    """Ends the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def world_size():
+    """Returns the number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main():
+    """Tells whether this is rank 0, which prints and writes."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def wait_for_all():
+    """Returns when all processes have come here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def all_sum(values, device):
+    """Returns a list of numbers, each summed over all processes."""
+    if not dist.is_initialized():
+        return list(values)
+    values = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(values)
+    return values.tolist()
+
+
+def broadcast(value):
+    """Returns rank 0's value on every rank: what lies on disk may change between two looks."""
+    values = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
+# ---- children ------------------------------------------------------------------------------------
+
+
+def run_script(name, *arguments):
+    """Runs another of the project's scripts, which ends with this process; returns its exit code."""
+    script = Path(__file__).parent.parent / name
+    command = [sys.executable, str(script), *map(str, arguments)]
+    print("\nrunning: python", name, *arguments, flush=True)
+    return subprocess.run(command, env={**os.environ, PARENT: str(os.getpid())}).returncode
+
+
+def end_with_parent():
+    """Ends this script with the one that started it by `run_script`, if any did."""
+    if PARENT in os.environ:
+        end_with(int(os.environ[PARENT]))
+
+
+def end_with(parent):
+    """Ends this process soon after the process `parent`, which cannot do so once it is killed."""
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+@contextlib.contextmanager
+def workers():
+    """Yields a pool with a process a core. (multiprocessing.Pool would wait for a killed one for ever.)"""
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    pool = ProcessPoolExecutor(os.cpu_count(), context, start_worker, (os.getpid(),))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def start_worker(parent):
+    """Begins a pool's process: it ends with its parent, and only with it."""
+    end_with(parent)
+    ignore_interrupts()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    torch.set_num_threads(1)  # the workers share the cores already
+
+
+# ---- signals -------------------------------------------------------------------------------------
+
+
+def ignore_interrupts(*_):
+    """Leaves Ctrl-C, which reaches all processes of a terminal, to the parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def noted_signals():
+    """Yields a list that collects SIGINT and SIGTERM, which end nothing meanwhile."""
+    received = []
+    usual = {number: signal.signal(number, lambda number, _: received.append(number))
+             for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler)

@@ -1,0 +1,149 @@
+"""A run is a folder: where it lies, how ollm.json describes it, which base it has, its name in tables."""
+
+import argparse
+import hashlib
+import os
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+
+from plumbing.files import BadInput, at, read_json
+
+
+# ---- one run -------------------------------------------------------------------------------------
+
+
+def folder(args, stage):
+    """Returns the folder where a stage's run lies by default."""
+    variant = ""
+    if stage == "vision-audio":
+        variant = f"-a{args.alpha:g}" + (f"-p{args.on_policy:g}" if args.on_policy else "")
+    return Path("runs") / args.preset / f"{stage}{variant}-s{args.seed}"
+
+
+def finished(run):
+    """Tells whether a folder holds a finished run: ollm.json is written last."""
+    return (Path(run) / "ollm.json").exists()
+
+
+def about(run):
+    """Returns a finished run's ollm.json as a dict; of an LVLM's folder or hub id, one like it.
+
+    Raises BadInput if it is neither.
+    """
+    if finished(run):
+        return read_json(Path(run) / "ollm.json")
+    is_hub_id = not os.path.exists(run) and len(Path(run).parts) == 2 and not Path(run).is_absolute()
+    if is_hub_id or (Path(run) / "config.json").exists():
+        return {"settings": None, "base": None,
+                "training": {"stage": "vision-text", "alpha": 0.0, "seed": 0}}
+    raise BadInput(f"{run}: not a finished run (it has no ollm.json)")
+
+
+def base_of(run):
+    """Returns the LVLM that a run listens for, folder or hub id; an LVLM is its own base."""
+    base = about(run)["base"]
+    if base is None:
+        return run
+    beside = Path(os.path.normpath(Path(run) / base))
+    return beside if beside.is_dir() else base
+
+
+def name(run):
+    """Returns what a run is called in a table, the same for all seeds: "SFT", "KD 0.75", ..."""
+    training = {"on_policy": 0, "temperature": 1, **about(run)["training"]}
+    if training["stage"] != "vision-audio":
+        return {"vision-text": "base", "audio-text": "aligned"}[training["stage"]]
+    text = f"KD {training['alpha']:g}" if training["alpha"] or training["on_policy"] else "SFT"
+    text += f", on-policy {training['on_policy']:g}" if training["on_policy"] else ""
+    return text + (f", T {training['temperature']:g}" if training["temperature"] != 1 else "")
+
+
+def differences(there, here, free=()):
+    """Returns what two configs say differently, as text: "alpha is 0.75 there and 0 here".
+
+    free: keys that may differ. "" if all others agree
+    """
+    return ", ".join(f"{key} is {there[key]} there and {here[key]} here" for key in here
+                     if key not in free and key in there and there[key] != here[key])
+
+
+def check_same(run, config):
+    """Raises BadInput if a finished run's folder holds another training than `config` asks for."""
+    other = differences(about(run)["training"], config, free=("micro_batch",))
+    if other:
+        raise BadInput(f"{run}: holds the finished run of another training ({other}): "
+                       "choose another --out")
+    # A run that was killed just before it ended may have left its checkpoint.
+    (Path(run) / "checkpoint.safetensors").unlink(missing_ok=True)
+
+
+def place_for_answers(run):
+    """Returns where a run's answers are kept: in its folder; of a model that is no run, beside ours."""
+    return Path(run) if finished(run) else Path("runs/asked") / str(run).replace("/", "_")
+
+
+def note_if_cut(run):
+    """Says in one line if a stage starts from a run that --max-steps has ended early."""
+    if run is not None and finished(run) and about(run)["training"].get("max_steps"):
+        print(f"note: {run} was stopped after {about(run)['training']['max_steps']} steps")
+
+
+# ---- models --------------------------------------------------------------------------------------
+
+
+def fetch(path):
+    """Returns the folder of a model: `path` itself, or the hub's copy, downloaded if need be."""
+    if Path(path).is_dir():
+        return Path(path)
+    wanted = ["*.json", "*.txt", "model.safetensors", "model-*.safetensors"]  # no code, no pickle
+    with at(f"{path}: no such folder, and not from the Hugging Face hub (where there is a network, "
+            f"`hf download {path} --local-dir FOLDER`, then name that folder)"):
+        return Path(snapshot_download(str(path), allow_patterns=wanted))
+
+
+def fingerprint(path):
+    """Returns the SHA-256 of a model's configuration and weights, as hexadecimal text."""
+    model_folder, digest = fetch(path), hashlib.sha256()
+    for file in sorted([model_folder / "config.json", *model_folder.glob("model*.safetensors")]):
+        digest.update(file.name.encode())
+        with at(path), open(file, "rb") as opened:
+            digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()
+
+
+# ---- several runs --------------------------------------------------------------------------------
+
+
+def default_runs(preset, seed):
+    """Returns the runs of a preset and seed: base, after alignment, every alpha found."""
+    place = Path("runs") / preset
+    runs = [place / f"vision-text-s{seed}", place / f"audio-text-s{seed}",
+            *sorted(place.glob(f"vision-audio-a*-s{seed}"), key=lambda path: path.name)]
+    runs = [run for run in runs if finished(run)]
+    if not runs:
+        raise BadInput(f"{place}: no finished run of seed {seed}; "
+                       f"`torchrun train.py --seed {seed}` makes one")
+    return runs
+
+
+def arguments(description):
+    """Returns the argument parser of every script that looks at runs."""
+    parser = argparse.ArgumentParser(description=description,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("runs", nargs="*", help="run folders (default: the chain of --preset and --seed)")
+    add("--preset", default="shapes", help="whose runs, if none are named")
+    add("--seed", type=int, default=0, help="whose runs, if none are named")
+    add("--data", help="prepared folder of questions (default: the test part of each run's seed)")
+    add("--n", type=int, help="take only the first so many questions")
+    add("--out", default="runs/report", help="folder for tables and pictures")
+    add("--device", choices=["cpu", "cuda", "mps"], help="default: cuda if there is one",
+        default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser
+
+
+def questions_of(args, seed):
+    """Returns the folder of the questions that a run of this seed is asked."""
+    return Path(args.data or f"runs/{args.preset}/data-s{seed}/test")

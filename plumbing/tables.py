@@ -1,0 +1,160 @@
+"""Tables and figures: one way to write a Markdown table, a CSV and a PNG, for every script."""
+
+import csv
+import statistics
+
+import torch
+
+from plumbing import runs
+from plumbing.files import BadInput, written_whole
+
+# Okabe and Ito's colours, which all eyes can tell apart, with a marker and a line each.
+COLORS = ("#000000", "#E69F00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
+LOOKS = tuple(zip(COLORS, "os^DvPX", ("-", "--", "-.", "-", ":", "--", "-.")))
+
+
+# ---- numbers -------------------------------------------------------------------------------------
+
+
+def paired_bootstrap(a, b, draws=2000, seed=0):
+    """Returns (mean, low, high) of b - a in points: a 95 % interval over questions.
+
+    a, b: scores from 0 to 1 of the same questions; a draw takes both answers to a question.
+    The interval says how far the choice of questions matters, not another seed of training.
+    """
+    a, b = torch.tensor(a, dtype=torch.float64), torch.tensor(b, dtype=torch.float64)
+    difference = 100 * (b - a)  # (questions,)
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(len(difference), (draws, len(difference)), generator=generator)
+    means = difference[drawn].mean(1).sort().values  # (draws,)
+    low, high = means[int(0.025 * draws)], means[int(0.975 * draws)]
+    return difference.mean().item(), low.item(), high.item()
+
+
+def deviation(values):
+    """Returns the standard deviation over seeds; 0 of a single one."""
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def over_seeds(curves):
+    """Returns the mean and the standard deviation (0 of a single one) of tensors, one a seed."""
+    values = torch.stack(list(curves))  # (seeds, ...)
+    return values.mean(0), values.std(0) if len(values) > 1 else torch.zeros_like(values[0])
+
+
+def cell(values, digits=1):
+    """Returns a table cell: the mean over seeds, and of several seeds their standard deviation."""
+    if None in values:
+        return ""
+    spread = f" ±{deviation(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{digits}f}{spread}"
+
+
+# ---- tables --------------------------------------------------------------------------------------
+
+
+def group_runs(paths):
+    """Returns {name: {seed: run}}. Raises BadInput if two runs have the same name and seed."""
+    groups = {}
+    for run in paths:
+        name, seed = runs.name(run), runs.about(run)["training"]["seed"]
+        by_seed = groups.setdefault(name, {})
+        if seed in by_seed:
+            raise BadInput(f"{run}: {by_seed[seed]} is {name} of seed {seed}, too; name one only")
+        by_seed[seed] = run
+    return groups
+
+
+def table_columns(groups):
+    """Returns {column: [{line: value} of each seed]} from {run name: [summary of each seed]}.
+
+    A summary is {"text": {line: value}, "audio": {line: value}}. Runs on one base give the same
+    written answers, as their LVLM is frozen: those stand once, before the spoken ones.
+    """
+    texts, columns = [], {}
+    for name, summaries in groups.items():
+        text = [summary["text"] for summary in summaries]
+        if text not in texts:
+            texts.append(text)
+            columns["text" if len(texts) == 1 else f"text, {name}"] = text
+        if "audio" in summaries[0]:
+            columns[f"{name}, audio"] = [summary["audio"] for summary in summaries]
+            columns[f"{name}, gap"] = [
+                {line: value - summary["audio"][line] for line, value in summary["text"].items()
+                 if line in summary["audio"]} for summary in summaries]
+    return columns
+
+
+def print_summaries(groups):
+    """Prints {run name: [summary of each seed]} as a table, a line for each kind and measure."""
+    columns = table_columns(groups)
+    lines = dict.fromkeys(line for seeds in columns.values() for line in seeds[0])
+    rows = [[line, *(cell([seed.get(line) for seed in seeds]) for seeds in columns.values())]
+            for line in lines]
+    print_table(["", *columns], rows)
+
+
+def print_table(header, rows):
+    """Prints a Markdown table of texts; all columns but the first stand right."""
+    table = [list(header), *rows]
+    widths = [max(len(row[i]) for row in table) for i in range(len(header))]
+    table.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
+    for first, *others in table:
+        cells = [first.ljust(widths[0]), *(c.rjust(width) for c, width in zip(others, widths[1:]))]
+        print(f"| {' | '.join(cells)} |")
+
+
+def write_csv(path, header, rows):
+    """Writes a CSV, floats with six digits, and prints its name."""
+    rows = ([f"{v:.6g}" if isinstance(v, float) else v for v in row] for row in rows)
+    with written_whole(path) as temporary:
+        with open(temporary, "w", newline="", encoding="utf-8") as out:
+            csv.writer(out).writerows([header, *rows])
+    print(path)
+
+
+# ---- figures -------------------------------------------------------------------------------------
+
+
+def blank_figure(width, height, rows=1, columns=1, **options):
+    """Returns a figure of so many inches and its (rows, columns) array of axes."""
+    from matplotlib.figure import Figure  # takes a second to import
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False, **options)
+
+
+def save_figure(figure, path, dpi=150):
+    """Writes a figure as a PNG, whole or not at all, and prints its name."""
+    with written_whole(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=dpi)
+    print(path)
+
+
+def plot_curves(panels, xlabel, ylabel, path, rows=1, sharey=False, looks=LOOKS, first=1):
+    """Draws curves in panels: {title: [(label, values (L,), deviation (L,) or None), ...]}.
+
+    first: where the x axis begins; looks: (colour, marker, line) of each label, the same in all
+    panels. A deviation is drawn as a band.
+    """
+    columns = -(-len(panels) // rows)
+    figure, grid = blank_figure(3.4 * columns, 2.5 * rows + 1, rows, columns, sharex=True,
+                                sharey=sharey)
+    for axes, (title, curves) in zip(grid.flat, panels.items()):
+        for (label, values, spread), (color, marker, line) in zip(curves, looks * len(curves)):
+            x = range(first, first + len(values))
+            axes.plot(x, values, line, color=color, marker=marker if len(x) < 50 else "",
+                      markersize=5, label=label)
+            if spread is not None:
+                axes.fill_between(x, values - spread, values + spread, color=color, alpha=0.2,
+                                  linewidth=0)
+        axes.set_title(title)
+        axes.margins(y=0.1)
+        axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+    figure.supxlabel(xlabel)
+    figure.supylabel(ylabel)
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), columns + 1))
+    save_figure(figure, path)

@@ -1,0 +1,136 @@
+"""The built-in world on disk: every picture drawn, every question spoken, as four prepared folders.
+
+    python data.py shapes --seed 0                     # to runs/shapes/data-s0, about a minute
+    python data.py shapes --seed 0 --label-noise 0     # training answers without errors
+
+| part         | a sample                                                               | learnt from in |
+| vision-text  | a picture and a written question; one in six is a sentence to repeat   | vision-text    |
+| audio-text   | a spoken sentence and its transcript                                   | audio-text     |
+| vision-audio | a picture and a question, written and spoken; a quarter answered wrong | vision-audio   |
+| test         | the same with held-out pictures, questions and voices, answered right  | nothing        |
+
+shapes.py draws and asks. Each sample has a random number generator of its own, so that any of them
+can be made anew, in any order, by any process.
+"""
+
+import functools
+import json
+import random
+from pathlib import Path
+
+from tqdm import tqdm
+
+from plumbing.files import BadInput, make_once, written_whole
+from plumbing.media import HELD_OUT_VOICES, VOICES, save_png, save_speech
+from plumbing.processes import run_script, workers
+from world import shapes
+
+PARTS = ("vision-text", "audio-text", "vision-audio", "test")
+SCENE_QUESTIONS = 10  # written questions about each picture of the vision-text part
+
+
+# ---- the parts -----------------------------------------------------------------------------------
+# Each function is what a worker process does: it makes sample i and returns its lines.
+
+
+def make_scene(i, folder, seed):
+    """Makes one picture and its written questions (vision-text)."""
+    rng = random.Random(f"{seed}/vision-text/{i}")
+    scene = shapes.draw_scene(rng, held_out=False)
+    save_png(folder / f"images/{i:06}.png", shapes.render(rng, scene))
+    lines = []
+    for j in range(SCENE_QUESTIONS):
+        line = {"id": f"{i:06}-{j}", "phase": 1, "image": f"images/{i:06}.png"}
+        # First learn to see (phase 0): a base that is asked before it can takes far longer.
+        if j < 2:
+            kinds = ("description", *shapes.LIST_KINDS)
+            line |= {"phase": 0, **shapes.draw_question(rng, scene, kinds)}
+        # Text alone, to be repeated: so the LLM learns to copy, which alignment builds on.
+        elif rng.random() < 0.2:
+            sentence = shapes.draw_sentence(rng)
+            line = {"id": f"{i:06}-{j}", "phase": 1,
+                    "question": f"{sentence} {shapes.INSTRUCTION}", "answer": sentence}
+        else:
+            line |= shapes.draw_question(rng, scene, shapes.BASE_KINDS)
+        lines.append(line)
+    return lines
+
+
+def make_clip(i, folder, seed):
+    """Makes one spoken sentence and its transcript (audio-text)."""
+    rng = random.Random(f"{seed}/audio-text/{i}")
+    sentence = shapes.draw_sentence(rng)
+    speech = save_speech(folder, f"{i:06}", rng, sentence, VOICES)
+    return [{"id": f"{i:06}", **speech, "answer": sentence}]
+
+
+def make_pair(i, folder, seed, kinds, noise=0.0, held_out=False):
+    """Makes one picture and one question about it, written and spoken (vision-audio, test)."""
+    rng = random.Random(f"{seed}/{folder.name}/{i}")
+    sample = None
+    while sample is None:
+        scene = shapes.draw_scene(rng, held_out)
+        sample = shapes.draw_question(rng, scene, kinds, noise)
+    save_png(folder / f"images/{i:06}.png", shapes.render(rng, scene))
+    voices = HELD_OUT_VOICES if held_out else VOICES
+    speech = save_speech(folder, f"{i:06}", rng, sample["question"], voices)
+    line = {"id": f"{i:06}", "image": f"images/{i:06}.png", **speech, **sample}
+    return [{**line, "scene": shapes.describe(scene)} if held_out else line]
+
+
+def make_test(i, folder, seed):
+    """Makes one held-out question; the kinds take turns."""
+    kinds = shapes.KINDS + shapes.ALIGN_KINDS
+    return make_pair(i, folder, seed, (kinds[i % len(kinds)],), held_out=True)
+
+
+# ---- the command ---------------------------------------------------------------------------------
+
+
+def make_part(folder, worker, count):
+    """Makes samples 0 to count - 1 in parallel, then samples.jsonl; files that exist are not remade."""
+    with workers() as pool, written_whole(folder / "samples.jsonl") as temporary:
+        with open(temporary, "w", encoding="utf-8") as out:
+            results = pool.map(worker, range(count), chunksize=32)
+            for lines in tqdm(results, total=count, desc=str(folder), unit="file"):
+                out.writelines(json.dumps(line) + "\n" for line in lines)
+
+
+def make(args):
+    """Makes the built-in world's parts under --out."""
+    out = Path(args.out or f"runs/shapes/data-s{args.seed}")
+    pair = functools.partial(make_pair, kinds=shapes.KINDS, noise=args.label_noise)
+    makers = {  # each part: its worker, how many samples, and what else settings.json tells
+        "vision-text": (make_scene, args.scenes, {"scenes": args.scenes}),
+        "audio-text": (make_clip, args.clips, {"clips": args.clips}),
+        "vision-audio": (pair, args.n, {"n": args.n, "label_noise": args.label_noise}),
+        "test": (make_test, args.test, {"n": args.test}),
+    }
+    for part in args.parts:
+        worker, count, settings = makers[part]
+        worker = functools.partial(worker, folder=out / part, seed=args.seed)
+        make_once(out / part, {"seed": args.seed, **settings},
+                  functools.partial(make_part, out / part, worker, count))
+    print(f"The built-in world of seed {args.seed} lies in {out}")
+
+
+def make_if_missing(part, seed):
+    """Runs `data.py shapes` in a process of its own if a default part's folder is not there yet."""
+    if not Path(part, "samples.jsonl").exists():
+        if run_script("data.py", "shapes", "--seed", seed):
+            raise BadInput("the built-in world could not be made (see above)")
+
+
+def add_command(commands):
+    """Adds the subcommand `shapes` to data.py."""
+    sub = commands.add_parser("shapes", help="make the built-in world")
+    add = sub.add_argument
+    add("--seed", type=int, default=0, help="what is drawn, asked and spoken")
+    add("--out", help="folder for the parts (default: runs/shapes/data-s<seed>)")
+    add("--parts", nargs="+", default=PARTS, choices=PARTS, help="which parts to make")
+    add("--scenes", type=int, default=13000, help="pictures with written questions (vision-text)")
+    add("--clips", type=int, default=18000, help="spoken sentences (audio-text)")
+    add("--n", type=int, default=1600, help="spoken questions about pictures (vision-audio)")
+    add("--test", type=int, default=800, help="held-out spoken questions (test)")
+    add("--label-noise", type=float, default=0.25, help="share of wrong answers (vision-audio)")
+    sub.set_defaults(run=make)

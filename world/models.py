@@ -1,0 +1,84 @@
+"""The built-in world's models: tiny configurations of the real classes, with random weights.
+
+There is nothing to run here; `train.py` builds them.
+"""
+
+import random
+
+import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from torch import nn
+from transformers import (InternVLConfig, InternVLForConditionalGeneration, PreTrainedTokenizerFast,
+                          WhisperConfig, WhisperFeatureExtractor)
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+from real.checkpoints import SPECIAL_TOKENS
+from world import shapes
+
+POSITIONS = 2048  # of the LLM
+
+
+def build_tokenizer():
+    """Returns a tokenizer with a token a word, and InternVL2's special tokens and chat prompt."""
+    words = ["<unk>", *SPECIAL_TOKENS, "\n", "system", "user", "assistant", *shapes.vocabulary()]
+    ids = {word: i for i, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence([
+        normalizers.Lowercase(), normalizers.Replace("colour", "color"),
+        *(normalizers.Replace(mark, "") for mark in "?.!,")])
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<|endoftext|>",
+        eos_token="<|im_end|>", additional_special_tokens=[*SPECIAL_TOKENS, "\n"],
+        clean_up_tokenization_spaces=False, model_max_length=POSITIONS)
+
+
+def build_lvlm():
+    """Returns (lvlm, tokenizer, settings): InternVL and Qwen2 with 1.3 M parameters."""
+    # Not the usual layer scale 0.1 and spread 0.02: with these, a model this narrow learns slowly.
+    tokenizer = build_tokenizer()
+    vision = dict(hidden_size=96, num_hidden_layers=4, num_attention_heads=4, intermediate_size=384,
+                  image_size=[shapes.SIZE] * 2, patch_size=[16, 16], attention_bias=True,
+                  use_mean_pooling=True, layer_scale_init_value=0.5, initializer_range=0.08)
+    text = dict(model_type="qwen2", vocab_size=len(tokenizer), hidden_size=128, num_hidden_layers=4,
+                num_attention_heads=8, num_key_value_heads=8, intermediate_size=256,
+                max_position_embeddings=POSITIONS, initializer_range=0.08)
+    image_token_id = tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")
+    config = InternVLConfig(vision_config=vision, text_config=text, image_token_id=image_token_id,
+                            image_seq_length=4, tie_word_embeddings=False)  # it ties by default
+    lvlm = InternVLForConditionalGeneration(config)
+
+    with torch.no_grad():
+        # InternVL's positions begin at 0: beside the patches they would long be too small to matter.
+        nn.init.normal_(lvlm.model.vision_tower.embeddings.position_embeddings, std=0.3)
+        # A word is read and said in the same direction at first: so it is sooner seen in a picture.
+        lvlm.lm_head.weight.copy_(lvlm.get_input_embeddings().weight)
+    settings = {"system": "", "image_size": shapes.SIZE, "tokens_per_tile": 4, "max_tiles": 1,
+                "instruction": shapes.INSTRUCTION}
+    return lvlm, tokenizer, settings
+
+
+def build_audio_encoder():
+    """Returns Whisper's encoder with two layers and 40 mel bins, and its feature extractor."""
+    config = WhisperConfig(num_mel_bins=40, d_model=128, encoder_layers=2, encoder_attention_heads=4,
+                           encoder_ffn_dim=512, max_source_positions=1500, init_std=0.04)
+    return WhisperEncoder(config), WhisperFeatureExtractor(feature_size=40)
+
+
+def spread_positions(seed, most=4, share=0.6):
+    """Returns the `positions` of data.collate that spread most written questions out.
+
+    Speech takes two to four tokens a word. A tiny LLM that has met short questions alone fails on
+    long ones for that reason. So a share of the written questions is spread over up to `most` times
+    their length (in the manner of Ruoss et al., ACL 2023). Real LLMs have met long questions.
+    """
+    def positions(sample, n_question, n_all):
+        """0, 1, 2, ...; or the question spread in order, and the rest close behind it."""
+        rng = random.Random(f"{seed}/{sample['id']}")
+        if rng.random() >= share:
+            return list(range(n_all))
+        span = rng.randint(n_question, most * n_question)
+        question = sorted(rng.sample(range(span), n_question))
+        return question + list(range(span, span + n_all - n_question))
+
+    return positions
