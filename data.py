@@ -1,4 +1,4 @@
-"""Paired samples: one format on disk, the dataset that reads it, and the batch that a model is given.
+"""Paired samples: one format on disk, the dataset that reads it, and the batch for a model.
 
 A prepared folder holds `samples.jsonl`, one object a line, and the files that the lines name:
 
@@ -9,29 +9,28 @@ A prepared folder holds `samples.jsonl`, one object a line, and the files that t
 line without audio is text alone, a line without question is speech to transcribe. Every source is
 brought to this format:
 
-    python data.py shapes --seed 0                   # the built-in world (world/), to runs/shapes/data-s0
-    python data.py llava --help                      # LLaVA's mix, spoken (real/corpora.py); so are
-                                                     # librispeech, commonvoice and manifest
+    python data.py shapes --seed 0                   # the built-in world (world/make.py)
+    python data.py llava --help                      # LLaVA's mix, spoken (real/corpora.py); also:
+                                                     # librispeech, commonvoice, manifest
     python data.py check runs/shapes/data-s0/test    # is every line, picture and recording whole?
     python data.py speak "what color is the circle" --out question.wav
 
-Letters in shape comments: B batch, P prefix tokens, S tokens of query and answer, T tokens, N tiles,
-M mel bins, F mel frames.
+Letters in shape comments: B batch, P prefix tokens, S tokens of query and answer, T tokens,
+N tiles, M mel bins, F mel frames.
 """
 
 import argparse
 import hashlib
-import json
 import math
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from plumbing.files import BadInput, at, json_lines, readable_errors
+from plumbing.files import BadInput, at, readable_errors
 from plumbing.media import SAMPLE_RATE, VOICES, load_audio, load_image, save_sound, speak
-from plumbing.processes import end_with_parent, workers
+from plumbing.processes import end_with_parent
+from plumbing.samples import check_folder, read_samples
 from real import corpora
 from world import make as world
 
@@ -43,32 +42,6 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 # ---- the dataset ---------------------------------------------------------------------------------
-
-
-def read_samples(folder):
-    """Returns the lines of folder/samples.jsonl as dicts; adds "where" (file:line) and "folder"."""
-    samples = []
-    for where, sample in json_lines(Path(folder) / "samples.jsonl"):
-        with at(where):
-            check_sample(sample)
-        number = str(len(samples) + 1)
-        samples.append({"id": number, **sample, "where": where, "folder": str(folder)})
-    if not samples:
-        raise BadInput(f"{folder}/samples.jsonl: has no sample")
-    return samples
-
-
-def check_sample(sample):
-    """Raises an error unless a line has an answer, a question or speech, and files of its folder."""
-    if not sample["answer"].strip():
-        raise BadInput("the answer is empty")
-    if not sample.get("question", "speech").strip() or not sample.keys() & {"question", "audio"}:
-        raise BadInput("there is no question, neither in writing nor aloud")
-    for key in ("image", "audio"):
-        path = Path(sample.get(key, ""))
-        if path.is_absolute() or ".." in path.parts:
-            raise BadInput(f"{key} must lie inside the folder, not at {path}")
-    float(sample.get("phase", 0))  # the built-in base learns in phases, see train.Epoch
 
 
 class Samples(torch.utils.data.Dataset):
@@ -129,7 +102,7 @@ def tile(image, max_tiles, size=448, thumbnail=True):
     for area in range(1, max_tiles + 1):
         for c in (c for c in range(1, area + 1) if area % c == 0):
             r = area // c
-            distance = abs(width / height - c / r)  # in floats: exact fractions break ties otherwise
+            distance = abs(width / height - c / r)  # in floats: exact fractions would tie
             is_large = width * height > 0.5 * size * size * c * r
             if distance < best or (distance == best and is_large):
                 best, columns, rows = distance, c, r
@@ -185,7 +158,8 @@ def prompt_ids(tokenizer, settings, image_tokens, questions):
     tokenised whole and then cut, and it is checked that no token grew across a cut.
     """
     system = f"<|im_start|>system\n{settings['system']}{END}<|im_start|>user\n"
-    before = [system + ("<img>" + "<IMG_CONTEXT>" * n + "</img>\n" if n else "") for n in image_tokens]
+    before = [system + ("<img>" + "<IMG_CONTEXT>" * n + "</img>\n") * (n > 0)
+              for n in image_tokens]
     after = f"{END}<|im_start|>assistant\n"
     questions = [question.strip() for question in questions]
     prompts = tokenizer([b + q + after for b, q in zip(before, questions)]).input_ids
@@ -200,15 +174,14 @@ def prompt_ids(tokenizer, settings, image_tokens, questions):
 def collate(samples, tokenizer, mel_extractor, settings, answers=True, positions=None):
     """Makes a batch: what stands before the question, once; what follows, once a form of it.
 
-    samples    dicts of Samples; "after" is text that follows the speech, "end" an answer's end mark
+    samples    dicts of Samples; "after" is text behind the speech, "end" the answer's end mark
     answers    True: answers follow and are labelled, padding stands right (training)
-               False: a query ends where the answer begins, padding stands left (generation)
-    positions  function (sample, question tokens, all tokens) -> each token's position in the query;
-               None: 0, 1, 2, ...
+               False: queries end where the answer begins, padding stands left (generation)
+    positions  function (sample, question tokens, all tokens) -> positions in the query
 
-    Returns {"pixels" (N, 3, H, W) or None, "prefix": {"ids", "mask"} (B, P), "text": query or None,
-    "mel" (B, M, F) or None, "n_frames" (B,), "audio": query or None}. A query is a dict of (B, S)
-    tensors: "ids", with AUDIO_SLOT where speech goes, "mask", "labels" and "positions".
+    Returns {"pixels" (N, 3, H, W), "prefix": {"ids", "mask"} (B, P), "text": query,
+    "mel" (B, M, F), "n_frames" (B,), "audio": query}; what the samples lack is None. A query is
+    {"ids", with AUDIO_SLOT where speech goes, "mask", "labels", "positions"}, each (B, S).
     """
     tiles = [s["pixels"] for s in samples if "pixels" in s]
     per_tile = settings["tokens_per_tile"]
@@ -226,7 +199,6 @@ def collate(samples, tokenizer, mel_extractor, settings, answers=True, positions
             if len(head) + len(row) > tokenizer.model_max_length:
                 raise BadInput(f"{sample.get('where', 'the question')}: {len(head) + len(row):,} "
                                f"tokens, the model has room for {tokenizer.model_max_length:,}")
-
         labels = [[IGNORE] * (len(row) - len(answer)) + answer
                   for row, answer in zip(rows, answer_ids)]
         places = [positions(sample, len(slot), len(row)) if positions else list(range(len(row)))
@@ -249,7 +221,8 @@ def collate(samples, tokenizer, mel_extractor, settings, answers=True, positions
         shortest = int(settings.get("audio_seconds", 0) * SAMPLE_RATE)
         waves = [np.pad(s["wave"], (0, max(0, shortest - len(s["wave"])))) for s in samples]
         batch["mel"], batch["n_frames"] = mel_spectrograms(mel_extractor, waves)
-        after = [s.get("after", "" if "question" in s else settings["instruction"]) for s in samples]
+        after = [s.get("after", "" if "question" in s else settings["instruction"])
+                 for s in samples]
         after_ids = [tokenizer(text).input_ids if text else [] for text in after]
         batch["audio"] = query([[AUDIO_SLOT] * audio_tokens(wave) + ids
                                 for wave, ids in zip(waves, after_ids)])
@@ -257,7 +230,7 @@ def collate(samples, tokenizer, mel_extractor, settings, answers=True, positions
 
 
 def pad(rows, value, left=False):
-    """Pads lists of ids to {"ids" (B, T) int64, "mask" (B, T) bool}, on the right or on the left."""
+    """Pads lists of ids, on the right or left: {"ids" (B, T) int64, "mask" (B, T) bool}."""
     length = max(map(len, rows))
     ids = torch.full((len(rows), length), value)  # (B, T)
     mask = torch.zeros(len(rows), length, dtype=torch.bool)  # (B, T)
@@ -283,34 +256,6 @@ def to(batch, device):
 # ---- commands ------------------------------------------------------------------------------------
 
 
-def check_line(task):
-    """Reads a line of samples.jsonl and its files; returns what is wrong with it, or None."""
-    folder, where, line = task
-    try:
-        with at(where):
-            sample = json.loads(line)
-            check_sample(sample)
-            for key, load in (("image", load_image), ("audio", load_audio)):
-                if key in sample:
-                    load(folder / sample[key])
-    except BadInput as error:
-        return str(error)
-
-
-def check(args):
-    """Reads every line, picture and recording of a prepared folder, and prints what is wrong."""
-    path = Path(args.folder) / "samples.jsonl"
-    lines = path.read_bytes().splitlines()
-    tasks = [(path.parent, f"{path}:{number}", line) for number, line in enumerate(lines, 1)]
-    with workers() as pool:
-        results = pool.map(check_line, tasks, chunksize=16)
-        wrong = [message for message in tqdm(results, total=len(tasks), unit="line") if message]
-    print("".join(f"{message}\n" for message in wrong), end="")
-    if wrong or not lines:
-        raise BadInput(f"{path}: {len(wrong)} of its {len(lines)} lines are wrong")
-    print(f"{path}: nothing is wrong with its {len(lines)} lines and their files")
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -320,7 +265,7 @@ def main():
 
     sub = commands.add_parser("check", help="read every line, picture and recording of a folder")
     sub.add_argument("folder", help="the prepared folder")
-    sub.set_defaults(run=check)
+    sub.set_defaults(run=lambda args: check_folder(args.folder))
     sub = commands.add_parser("speak", help="speak a text with espeak-ng")
     sub.add_argument("text", help="what to say")
     sub.add_argument("--voice", default=VOICES[0], help="an espeak-ng voice, accent+variant")

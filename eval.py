@@ -8,10 +8,10 @@
     python eval.py RUN RUN --bench DIR                       # the paper's seven benchmarks
     python eval.py --endpoint URL --model NAME --bench DIR   # of any model behind a chat server
 
-Answers are generated greedily, and each picture is read once for both forms of its question. In the
-built-in world, pictures, questions and voices are held out. An answer is right if it has exactly one
-word of its question's class, the right one, once an exact echo of the question is taken away. A
-description counts by F1 over (colour, shape) pairs. benchmarks/ has the paper's benchmarks.
+Answers are generated greedily, and each picture is read once for both forms of its question. In
+the built-in world, pictures, questions and voices are held out. An answer is right if it has
+exactly one word of its question's class, the right one, once an exact echo of the question is taken
+away. A description counts by F1 over (colour, shape) pairs.
 """
 
 import random
@@ -40,7 +40,7 @@ OBJECT = re.compile(rf"\b({'|'.join(shapes.COLORS)}) ({'|'.join(shapes.SHAPES)})
 
 
 def score_answer(sample, answer):
-    """Returns how right an answer to a built-in question is, 0 to 1 (only descriptions lie between)."""
+    """Returns how right an answer to a built-in question is, from 0 to 1."""
     kind, label = sample["kind"], sample["label"]
     answer = answer.lower().replace(sample["question"], " ")  # an echo answers nothing
     if kind in shapes.CLASSES:
@@ -97,8 +97,8 @@ def evaluate(run, folder, kinds, args):
         transcripts = [None] * len(batch)
         if runs.about(run)["training"]["stage"] == "audio-text":
             transcripts = transcribe(ollm, batch)
-        for i, text, audio, transcript in zip(chunk, answers["text"], answers["audio"], transcripts):
-            rows[i] = {**samples.rows[i], "text": text, "audio": audio, "transcript": transcript}
+        for i, *texts in zip(chunk, answers["text"], answers["audio"], transcripts):
+            rows[i] = {**samples.rows[i], **dict(zip(("text", "audio", "transcript"), texts))}
     return [rows[i] for i in sorted(rows)]
 
 
@@ -121,7 +121,7 @@ def answer_one(run, args):
 
 
 def check_words(tokenizer, text):
-    """Raises BadInput if a text is empty or has a word that the built-in tokenizer does not know."""
+    """Raises BadInput if a text is empty or has a word that the tokenizer does not know."""
     if not text.strip():
         raise BadInput("the question is empty")
     unknown = [w for w in text.split() if tokenizer.unk_token_id in tokenizer(w).input_ids]
@@ -153,7 +153,8 @@ def summarize(rows, kinds, average, score=score_answer, more=None):
         lines = summary[form] = {**scores, average: statistics.fmean(scores.values())}
         lines |= more(rows, form) if more else {}
 
-        # The paper's two side remarks: how often "yes" is said, and whether errors name what is there.
+        # Two remarks of the paper: how often the answer is "yes", and whether errors name something
+        # of the picture.
         existence = [row for row in rows if row["kind"] == "existence"]
         if existence:
             yes = [row[form].split()[:1] == ["yes"] for row in existence]
@@ -181,8 +182,8 @@ def print_differences(answers, score):
         after = [score(row, row["audio"]) for seed in seeds for row in answers[name, seed]]
         if seeds:
             mean, low, high = paired_bootstrap(before, after)
-            print(f"{name} - SFT, spoken: {mean:+.1f} points, 95 % interval {low:+.1f} to {high:+.1f} "
-                  f"({len(before)} questions, seeds {', '.join(map(str, seeds))})")
+            print(f"{name} - SFT, spoken: {mean:+.1f} points, 95 % interval {low:+.1f} to "
+                  f"{high:+.1f} ({len(before)} questions, seeds {', '.join(map(str, seeds))})")
 
 
 def report(args, kinds, average, score=score_answer, more=None):

@@ -1,18 +1,18 @@
 """MMAlign: which of two sentences about a picture is right, when asked in writing and aloud?
 
-    python mmalign.py                                          # base, aligned, every alpha of seed 0
-    python mmalign.py runs/shapes/vision-audio-a*-s[012]       # any runs; seeds are averaged
+    python mmalign.py                                       # base, aligned, every alpha of seed 0
+    python mmalign.py runs/shapes/vision-audio-a*-s[012]    # any runs; seeds are averaged
     python mmalign.py build --relation visual_genome_relation.json \\
-        --attribution visual_genome_attribution.json --images DIR --out mmalign    # from ARO's files
-    python mmalign.py RUN [RUN ...] --data mmalign             # asked of any runs
+        --attribution visual_genome_attribution.json --images DIR --out mmalign
+    python mmalign.py RUN [RUN ...] --data mmalign          # the benchmark, asked of any runs
 
 The benchmark asks for relations ("a star left of a circle" or "a circle left of a star") and for
-attributes ("a red star and a blue circle" or "a blue star and a red circle"). The words of both
-sentences are the same, so only the picture tells which is right. In the built-in world the questions
-stand in the test part beside the other kinds. No spoken question of `vision-audio` asks one.
+attributes ("a red star and a blue circle" or "a blue star and a red circle"). Both sentences have
+the same words, so only the picture tells which is right. In the built-in world the questions stand
+in the test part beside the other kinds. No spoken question of `vision-audio` asks one.
 
 `build` takes the pairs of sentences from ARO (Yuksekgonul et al., ICLR 2023, arXiv 2210.01936), as
-the paper does (section 3.2): 300 relations and 300 attributes, two captions in one question, spoken.
+the paper does (section 3.2): 300 relations and 300 attributes, two captions in a spoken question.
 The rest is our own, as the paper is silent: which rows (drawn by the seed, no symmetric relation),
 pictures cut to ARO's box, the wording, the true sentence first in exactly half of each kind,
 espeak-ng's held-out voices, and what counts as an answer (`judge`). So its numbers are near the
@@ -98,14 +98,16 @@ def answer_rates(rows, form):
     verdicts = [verdict(row, row[form]) for row in rows]
     named = [v for v in verdicts if v is not None]
     lines = {"answered": 100 * len(named) / len(verdicts)}
-    return lines | {"right if answered": 100 * named.count("right") / len(named)} if named else lines
+    if named:
+        lines["right if answered"] = 100 * named.count("right") / len(named)
+    return lines
 
 
 # ---- building ------------------------------------------------------------------------------------
 
 
 def aro_row(row, kind):
-    """Returns (picture, box (x, y, w, h), true sentence, false one) of ARO; BadInput if unusable."""
+    """Returns (picture, box (x, y, w, h), true sentence, false one). Raises BadInput if unfit."""
     try:
         image, true, false = (row[key].strip() for key in ("image_path", "true_caption",
                                                            "false_caption"))
@@ -204,7 +206,7 @@ def build(args):
 
 def build_arguments(arguments):
     """Reads the command line of `build`."""
-    parser = argparse.ArgumentParser(prog="mmalign.py build", description="MMAlign from ARO's files")
+    parser = argparse.ArgumentParser(prog="mmalign.py build", description="MMAlign from ARO")
     add = parser.add_argument
     add("--relation", required=True, help="ARO's visual_genome_relation.json")
     add("--attribution", required=True, help="ARO's visual_genome_attribution.json")

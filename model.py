@@ -1,9 +1,9 @@
 """The omnimodal LLM: InternVL, which reads, and Whisper's encoder, which learns to listen.
 
-    image    -> vision encoder -> projector --.
-                                              +-> <system><image>  <query>  <answer>  -> LLM -> answer
-    question -> word embeddings   (teacher) --+
-    speech   -> Whisper's encoder -> one linear projector   (student)
+image    -> vision encoder -> projector --.
+                                          +-> <system><image>  <query>  <answer>  -> LLM -> answer
+question -> word embeddings   (teacher) --+
+speech   -> Whisper's encoder -> one linear projector   (student)
 
 Teacher and student are the same weights. The image stands before the question, attention is causal,
 and the vision encoder and the LLM are frozen. So the keys and values of `<system><image>` are the
@@ -45,7 +45,8 @@ class OLLM(nn.Module):
     audio_encoder  transformers' WhisperEncoder; mel_extractor: its WhisperFeatureExtractor
     """
 
-    def __init__(self, lvlm, tokenizer, settings, base=None, audio_encoder=None, mel_extractor=None):
+    def __init__(self, lvlm, tokenizer, settings, base=None, audio_encoder=None,
+                 mel_extractor=None):
         super().__init__()
         self.lvlm, self.tokenizer, self.settings, self.base = lvlm, tokenizer, settings, base
         self.audio_encoder, self.mel_extractor = audio_encoder, mel_extractor
@@ -54,7 +55,7 @@ class OLLM(nn.Module):
             self.projector = nn.Linear(audio_encoder.config.d_model, width)  # W to D
 
     def train_only(self, stage):
-        """Freezes all but what a stage trains: the LVLM, or audio encoder and projector (sec. 3.3)."""
+        """Freezes all but the LVLM, or all but audio encoder and projector (section 3.3)."""
         self.requires_grad_(False)
         for part in [self.lvlm] if stage == "vision-text" else [self.audio_encoder, self.projector]:
             part.requires_grad_(True)
@@ -119,7 +120,7 @@ class OLLM(nn.Module):
     # ---- one image prefix, two questions, one answer ---------------------------------------------
 
     def encode_prefix(self, batch):
-        """Reads `<system><image>` once. Returns the prefix: its keys and values, its mask (B, P)."""
+        """Reads `<system><image>` once. Returns the prefix: (keys and values, mask (B, P))."""
         ids, mask = batch["prefix"]["ids"], batch["prefix"]["mask"]  # (B, P), padded on the right
         positions = torch.arange(ids.size(1), device=ids.device)[None]  # (1, P)
         out = self.lvlm.model.language_model(
@@ -195,8 +196,10 @@ class OLLM(nn.Module):
                      "positions": torch.zeros_like(token)}
             audio = None
 
-        rows = [row[: row.index(end) + keep_end] if end in row else row for row in answers.tolist()]
-        return [self.tokenizer.decode(row, skip_special_tokens=not keep_end).strip() for row in rows]
+        rows = [row[: row.index(end) + keep_end] if end in row else row
+                for row in answers.tolist()]
+        texts = self.tokenizer.batch_decode(rows, skip_special_tokens=not keep_end)
+        return [text.strip() for text in texts]
 
     @torch.no_grad()
     def answer(self, samples, forms=("text", "audio"), **options):
@@ -214,7 +217,7 @@ class OLLM(nn.Module):
     # ---- runs on disk ----------------------------------------------------------------------------
 
     def save(self, run, config):
-        """Writes a run folder: what was trained (safetensors), and ollm.json: how, on which base."""
+        """Writes a run folder: what was trained (safetensors), and how and on which base (JSON)."""
         with written_folder(run, last="ollm.json") as folder:
             about = {"settings": self.settings, "base": None, "training": config}
             if self.base is None:

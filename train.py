@@ -1,18 +1,18 @@
 """Train an LVLM to listen: one loop, three stages, one epoch each.
 
-    torchrun train.py --alpha 0.75                       # the built-in world, from nothing to Self-KD
+    torchrun train.py --alpha 0.75                       # the built-in world, from nothing
     torchrun train.py --alpha 0                          # the same start, supervised fine-tuning
     torchrun --nproc_per_node 2 train.py --alpha 0.75    # the same steps on two processes
     python train.py --stage audio-text --max-steps 20 --out runs/try    # one stage, a few steps
     torchrun --nproc_per_node 8 train.py --preset internvl2-1b --alpha 0.75 --data FOLDER
 
-| --stage      | input -> target                     | trained                                        |
-| vision-text  | image + written question -> answer  | the LVLM (the built-in one; others come trained) |
-| audio-text   | speech -> transcript                | audio encoder and projector                    |
-| vision-audio | image + spoken question -> answer   | audio encoder and projector, KL and CE         |
+| --stage      | input -> target                    | trained                                |
+| vision-text  | image + written question -> answer | the LVLM; in the built-in world only   |
+| audio-text   | speech -> transcript               | audio encoder and projector            |
+| vision-audio | image + spoken question -> answer  | audio encoder and projector, KL and CE |
 
-A stage starts from the run of the stage before it, and trains that first if it is missing. Runs go to
-runs/<preset>/. After an interruption the same command goes on from the last checkpoint.
+A stage starts from the run of the stage before it, and trains that first if it is missing. Runs go
+to runs/<preset>/. After an interruption the same command goes on from the last checkpoint.
 """
 
 import argparse
@@ -72,14 +72,14 @@ def parse_arguments():
     add = parser.add_argument
     # What to train
     add("--preset", choices=PRESETS, default="shapes", help="which models and settings")
-    add("--stage", choices=STAGES, default="vision-audio", help="what to train, after what it needs")
-    add("--alpha", type=float, default=0.75, help="weight of the KL: 0 is SFT, 1 distillation alone")
+    add("--stage", choices=STAGES, default="vision-audio", help="what to train")
+    add("--alpha", type=float, default=0.75, help="weight of the KL: 0 is SFT, 1 KD alone")
     add("--temperature", type=float, default=1.0, help="of both distributions in the KL")
     add("--on-policy", type=float, default=0.0, metavar="P", help="share of the steps in which the "
         "student answers by itself and the teacher scores that: KL alone, no label")
     add("--seed", type=int, default=0, help="of the start, the order and the built-in data")
     # Where things lie
-    add("--data", nargs="+", help="prepared folders (default: the built-in world's, made if missing)")
+    add("--data", nargs="+", help="prepared folders (default: the built-in world's)")
     add("--init", help="run to start from; for audio-text also an InternVL2's folder or hub id")
     add("--whisper", help="folder or hub id of the Whisper that audio-text starts from")
     add("--out", help="run folder that the stage leaves")
@@ -125,7 +125,7 @@ def configure(args, stage):
 
     # The loss's settings are the last stage's: the others know nothing but CE.
     if stage == "vision-audio":
-        config |= {"alpha": args.alpha, "temperature": args.temperature, "on_policy": args.on_policy}
+        config |= {key: getattr(args, key) for key in ("alpha", "temperature", "on_policy")}
 
     # Places and batches of the command line are meant for the stage that it names.
     if stage == args.stage:

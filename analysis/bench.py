@@ -23,6 +23,7 @@ does not depend on them. Letters in shape comments:
 import argparse
 import contextlib
 import copy
+import itertools
 import json
 import re
 import resource
@@ -371,7 +372,8 @@ def measure(args):
     device = torch.device(args.device)
     ollm, optimizer = build(args.size, args.layers, device)
     seconds, flops = {}, {}
-    todo = [(i, tiles, name) for i in range(args.rounds) for tiles in args.tiles for name in STEPS
+    todo = itertools.product(range(args.rounds), args.tiles, STEPS)
+    todo = [(i, tiles, name) for i, tiles, name in todo
             if i == 0 or name in EVERY_ROUND or args.size == "shapes"]
     for i, tiles, name in tqdm(todo, desc="steps", unit="step", mininterval=5):
         _, loss_of, alpha, audio_seconds = STEPS[name]

@@ -39,8 +39,8 @@ def pick_cases(groups, n):
         if next(iter(rows.values()))["audio"] is not None:
             columns[f"{name}, audio"] = {place: row["audio"] for place, row in rows.items()}
 
-    places = [place for place, row in first.items()
-              if "image" in row and all(place in column for column in columns.values())]
+    common = set(first).intersection(*columns.values())
+    places = [place for place, row in first.items() if place in common and "image" in row]
     drawn = random.Random(0).sample(places, min(n, len(places)))
     return [(first[place], {label: column[place] for label, column in columns.items()})
             for place in drawn]

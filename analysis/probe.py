@@ -200,7 +200,7 @@ def controls(ollm, items, size):
 
 
 def shift(ollm, batch):
-    """Returns, for each answer token, KL(text || audio), agreement (0, 1) and rank: (N, 3)."""
+    """Returns (N, 3): KL(text || audio), agreement (0 or 1), and text's rank of audio's likeliest."""
     prefix, audio = ollm.encode_prefix(batch), ollm.hear(batch["mel"], batch["n_frames"])
     by_audio, _ = ollm.answer_logits(prefix, batch["audio"], audio)  # (N, V)
     by_text, _ = ollm.answer_logits(prefix, batch["text"])  # (N, V)
@@ -251,11 +251,12 @@ def probe(run, seed, args):
     table, items = shift_table(torch.cat(shifts)), [samples[i] for i in indices]
     if all("kind" in item for item in items):
         table |= controls(ollm, items, args.batch)
-    own, other = (torch.tensor([pair[i] for pair in recalls if pair[i]]).view(-1, layers)
-                  for i in (0, 1))  # (items, L)
-    return {"lens": {"own words": own.mean(0), "chance": other.mean(0)}, "table": table,
-            "knockout": {line: torch.cat(change).mean(0) for line, change in changes.items()},
-            "items": len(items)}
+    own, other = zip(*recalls)
+    lines = {"own words": own, "chance": [row for row in other if row is not None]}  # (items, L)
+    return {"lens": {line: torch.tensor(rows).view(-1, layers).mean(0)
+                     for line, rows in lines.items()},
+            "knockout": {line: torch.cat(rows).mean(0) for line, rows in changes.items()},
+            "table": table, "items": len(items)}
 
 
 # ---- reporting -----------------------------------------------------------------------------------

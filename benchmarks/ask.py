@@ -231,6 +231,7 @@ def report(args):
     files, groups, results, out = bench_files(args.bench), {}, {}, Path(args.out)
 
     def add(subject):
+        """Asks one model, and adds its scores to the table."""
         scores = score_subject(subject, files, args)
         results[subject["label"]] = scores
         column = {form: measures(benchmarks) for form, benchmarks in scores.items()}

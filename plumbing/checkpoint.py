@@ -23,7 +23,7 @@ from plumbing.processes import all_sum, ignore_interrupts, is_main, noted_signal
 from plumbing.runs import differences
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW remembers of a parameter
-FREE = ("max_steps", "micro_batch")  # may differ between the run that stopped and the one that goes on
+FREE = ("max_steps", "micro_batch")  # may differ when a stopped run goes on
 
 
 class Resumable:

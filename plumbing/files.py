@@ -48,7 +48,7 @@ def readable_errors():
             where = f": {error}" if error.args else ""
             print(f"interrupted{where}; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
-    except (BadInput, OSError, RuntimeError) as error:  # RuntimeError: torch has no class of its own
+    except (BadInput, OSError, RuntimeError) as error:  # torch raises RuntimeErrors
         dead = isinstance(error, BrokenProcessPool) or OTHER_PROCESS.search(str(error))
         unknown = isinstance(error, RuntimeError) and not dead
         if unknown or os.environ.get("SELF_KD_TRACEBACK"):
@@ -89,7 +89,7 @@ def json_lines(path):
 
 @contextlib.contextmanager
 def written_whole(path, sync=False):
-    """Yields a temporary path and renames it to `path` if all went well: no reader sees half a file.
+    """Yields a temporary path and renames it to `path` if all went well: never half a file.
 
     sync: first wait for the disk, so that not even a power cut leaves half a file under the name
     """

@@ -1,9 +1,10 @@
-"""Pictures and sound: read from any usual format, spoken by espeak-ng, written whole or not at all."""
+"""Pictures and sound: read from any usual format, spoken by espeak-ng, written whole."""
 
 import _ctypes
 import ctypes
 import functools
 import math
+import warnings
 from pathlib import Path
 
 import espeakng_loader
@@ -24,9 +25,9 @@ PICTURES = "PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF"  # no format whose reader
 ACCENTS = ("gmw/en-US", "gmw/en", "gmw/en-GB-x-rp")
 VARIANTS = ("m1", "m2", "m3", "m5", "m6", "m8", "f1", "f4",
             "Andy", "Annie", "Michael", "adam", "david", "linda", "steph")
-HELD_OUT_VARIANTS = ("m4", "m7", "Andrea", "belinda")
+HELD_OUT = ("m4", "m7", "Andrea", "belinda")
 VOICES = tuple(f"{accent}+{variant}" for accent in ACCENTS for variant in VARIANTS)
-HELD_OUT_VOICES = tuple(f"{accent}+{variant}" for accent in ACCENTS for variant in HELD_OUT_VARIANTS)
+HELD_OUT_VOICES = tuple(f"{accent}+{variant}" for accent in ACCENTS for variant in HELD_OUT)
 
 
 # ---- reading -------------------------------------------------------------------------------------
@@ -35,7 +36,7 @@ HELD_OUT_VOICES = tuple(f"{accent}+{variant}" for accent in ACCENTS for variant 
 def load_image(file):
     """Returns a path's or an open file's picture as RGB, wholly decoded. Raises BadInput."""
     with at(f"cannot read the image {file if isinstance(file, (str, Path)) else ''}".strip()):
-        with Image.open(file, formats=PICTURES) as image:
+        with warnings.catch_warnings(action="ignore"), Image.open(file, formats=PICTURES) as image:
             return image.convert("RGB")
 
 
@@ -51,7 +52,7 @@ def load_audio(path, start=0.0, seconds=None):
         count = rest if seconds is None else min(seconds * file.samplerate, rest)
         # Asked before anything is read: a wrong header may claim gigabytes.
         if count > MAX_SECONDS * file.samplerate:
-            raise BadInput(f"it lasts {count / file.samplerate:.1f} s; Whisper hears {MAX_SECONDS} s")
+            raise BadInput(f"it lasts {count / file.samplerate:.1f} s, Whisper hears {MAX_SECONDS}")
 
         file.seek(round(first))
         wave = file.read(round(count), dtype="float32", always_2d=True).mean(axis=1)  # (samples,)
@@ -67,7 +68,8 @@ def resampler(rate):
     Double precision is three times as fast here: torch's plain convolution suits so long a filter.
     """
     # A rate that shares no factor with 16 kHz, such as 16001 Hz, would take gigabytes.
-    if not 4_000 <= rate <= 200_000 or rate * SAMPLE_RATE // math.gcd(rate, SAMPLE_RATE) ** 2 > 2**22:
+    size = rate * SAMPLE_RATE // math.gcd(rate, SAMPLE_RATE) ** 2
+    if not 4_000 <= rate <= 200_000 or size > 2**22:
         raise BadInput(f"its sample rate is {rate} Hz: convert it to a usual one, such as 16000")
     return torchaudio.transforms.Resample(rate, SAMPLE_RATE).double()
 
@@ -131,7 +133,7 @@ def save_png(path, image):
 
 
 def save_sound(path, wave):
-    """Writes 16 kHz speech as .flac or .wav. Raises BadInput if Whisper could not hear all of it."""
+    """Writes 16 kHz speech as .flac or .wav. Raises BadInput if it is too long for Whisper."""
     if len(wave) > MAX_SECONDS * SAMPLE_RATE:
         raise BadInput(f"the speech is longer than Whisper's {MAX_SECONDS} s: "
                        f"{len(wave) / SAMPLE_RATE:.1f} s")

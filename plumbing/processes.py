@@ -1,4 +1,4 @@
-"""Processes: torchrun's, pools of workers, and signals. With one process, sums and waits do nothing."""
+"""Processes: torchrun's, pools of workers, and signals."""
 
 import contextlib
 import multiprocessing
@@ -21,7 +21,7 @@ PARENT = "SELF_KD_PARENT"  # environment variable: the process that a script is 
 
 
 def set_up_processes(device=None):
-    """Returns (rank, world_size, torch.device) from torchrun's environment, or of a single process."""
+    """Returns (rank, world_size, torch.device) from torchrun's environment, or of one process."""
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with(os.getppid())
@@ -35,7 +35,7 @@ def set_up_processes(device=None):
     if processes > 1:
         store, *_ = next(dist.rendezvous("env://", rank, processes))
         # torchrun --max-restarts gives new processes the store of the dead ones, which still holds
-        # their addresses (PyTorch issue 135712). Several nodes need another cure: docs/reliability.md.
+        # their addresses (PyTorch issue 135712). For several nodes, see docs/reliability.md.
         if os.environ.get("GROUP_WORLD_SIZE") == "1":
             store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
         backend = "nccl" if device == "cuda" else "gloo"
@@ -86,7 +86,7 @@ def broadcast(value):
 
 
 def run_script(name, *arguments):
-    """Runs another of the project's scripts, which ends with this process; returns its exit code."""
+    """Runs another of the project's scripts, which ends with this one; returns its exit code."""
     script = Path(__file__).parent.parent / name
     command = [sys.executable, str(script), *map(str, arguments)]
     print("\nrunning: python", name, *arguments, flush=True)
@@ -111,7 +111,7 @@ def end_with(parent):
 
 @contextlib.contextmanager
 def workers():
-    """Yields a pool with a process a core. (multiprocessing.Pool would wait for a killed one for ever.)"""
+    """Yields a pool with a process a core. A killed one is an error, not a hang."""
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     pool = ProcessPoolExecutor(os.cpu_count(), context, start_worker, (os.getpid(),))
     try:

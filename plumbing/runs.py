@@ -1,4 +1,4 @@
-"""A run is a folder: where it lies, how ollm.json describes it, which base it has, its name in tables."""
+"""A run is a folder: where it lies, what ollm.json says, its base, its name in tables."""
 
 import argparse
 import hashlib
@@ -34,8 +34,8 @@ def about(run):
     """
     if finished(run):
         return read_json(Path(run) / "ollm.json")
-    is_hub_id = not os.path.exists(run) and len(Path(run).parts) == 2 and not Path(run).is_absolute()
-    if is_hub_id or (Path(run) / "config.json").exists():
+    is_hub_id = len(Path(run).parts) == 2 and not Path(run).is_absolute()
+    if is_hub_id and not os.path.exists(run) or (Path(run) / "config.json").exists():
         return {"settings": None, "base": None,
                 "training": {"stage": "vision-text", "alpha": 0.0, "seed": 0}}
     raise BadInput(f"{run}: not a finished run (it has no ollm.json)")
@@ -80,8 +80,8 @@ def check_same(run, config):
 
 
 def place_for_answers(run):
-    """Returns where a run's answers are kept: in its folder; of a model that is no run, beside ours."""
-    return Path(run) if finished(run) else Path("runs/asked") / str(run).replace("/", "_")
+    """Returns where a run's answers are kept; those of a model that is no run lie beside ours."""
+    return Path(run) if finished(run) else Path("runs/asked") / str(run).strip("./").replace("/", "_")
 
 
 def note_if_cut(run):

@@ -1,11 +1,11 @@
-"""The real models: InternVL2 and Whisper from their folders or hub ids, in transformers' own classes.
+"""The real models: InternVL2 and Whisper from folders or hub ids, in transformers' own classes.
 
     lvlm, tokenizer = load_lvlm("OpenGVLab/InternVL2-1B"), load_tokenizer("OpenGVLab/InternVL2-1B")
     audio_encoder, mel_extractor = load_audio_encoder("openai/whisper-large-v3")
 
-InternVL2 is published with code of its own. Here its weights get the names of transformers' InternVL,
-and no remote code is run. Weights are read from safetensors alone. A setting that is left out would
-load without a word and give wrong numbers: what does not fit is refused.
+InternVL2 is published with code of its own. Here its weights get the names of transformers'
+InternVL, and no remote code is run. Weights are read from safetensors alone. A setting that is left
+out would load without a word and give wrong numbers: what does not fit is refused.
 
 There is nothing to run here. `python -m pytest tests/test_internvl2.py` compares it with the
 original code's outputs.
@@ -100,7 +100,8 @@ def load_lvlm(path, image_token_id=None, dtype=torch.float32):
             lvlm, info = InternVLForConditionalGeneration.from_pretrained(
                 folder, dtype=dtype, use_safetensors=True, output_loading_info=True)
             if info["missing_keys"]:
-                raise BadInput(f"the weights do not fit: missing {sorted(info['missing_keys'])[:3]}")
+                missing = sorted(info["missing_keys"])
+                raise BadInput(f"the weights do not fit: missing {missing[:3]}")
             return lvlm
 
         if image_token_id is None:
@@ -126,8 +127,9 @@ def native_config(config, image_token_id):
     family = (llm.get("architectures") or ["?"])[0]
     is_6b = vision.get("qk_normalization") or vision.get("norm_type") != "layer_norm"
     if family != "Qwen2ForCausalLM" or is_6b:
-        raise BadInput(f"this InternVL has {family} and {'InternViT-6B' if is_6b else 'InternViT-300M'}"
-                       "; supported are Qwen2 and InternViT-300M (the 1B)")
+        encoder = "InternViT-6B" if is_6b else "InternViT-300M"
+        raise BadInput(f"this InternVL has {family} and {encoder}; supported are Qwen2 and "
+                       "InternViT-300M (the 1B)")
     if config.get("ps_version") != "v2" or config.get("select_layer") != -1:
         raise BadInput(f"supported are ps_version v2 and select_layer -1, not "
                        f"{config.get('ps_version')} and {config.get('select_layer')}")
@@ -144,7 +146,8 @@ def native_config(config, image_token_id):
     text_config = {key: llm[key] for key in text_keys}
     text_config |= {"model_type": "qwen2",
                     "rope_parameters": {"rope_type": "default", "rope_theta": llm["rope_theta"]},
-                    "bos_token_id": llm.get("bos_token_id"), "eos_token_id": llm.get("eos_token_id")}
+                    "bos_token_id": llm.get("bos_token_id"),
+                    "eos_token_id": llm.get("eos_token_id")}
 
     ratio = config["downsample_ratio"]
     side = vision["image_size"] // vision["patch_size"] * ratio  # of a tile, in tokens

@@ -5,7 +5,7 @@
     python data.py commonvoice --tsv cv-corpus/en/validated.tsv --clips cv-corpus/en/clips --out DIR
     python data.py manifest --manifest cuts.jsonl --root DIR --out DIR    # GigaSpeech, your own
 
-The paper aligns on 988,000 clips of LibriSpeech, Common Voice, GigaSpeech and Libriheavy, and trains
+The paper aligns on 988,000 clips of LibriSpeech, Common Voice, GigaSpeech and Libriheavy. It trains
 on 50,000 samples of LLaVA-1.5's instruction mix, their questions spoken by TTS. Each source is a
 list of tasks, the same for the same arguments. Each task ends as a line of samples.jsonl, or as one
 of skipped.jsonl, which says why. An interrupted command goes on where it stopped.
@@ -126,7 +126,8 @@ def speak_espeak(line, folder, seed, voices=VOICES):
     """Worker: speaks a line's question with espeak-ng; voice, rate and pitch are the line's own."""
     rng = random.Random(f"{seed}/{line['id']}")
     try:
-        return {**line, **save_speech(folder, line["id"], rng, line["question"], voices, (140, 220))}
+        speech = save_speech(folder, line["id"], rng, line["question"], voices, (140, 220))
+        return {**line, **speech}
     except BadInput as error:
         return {"id": line["id"], "skipped": str(error)}
 
@@ -173,7 +174,7 @@ def speak_mms(lines, folder, seed, path="facebook/mms-tts-eng", batch_size=16):
 
 
 # ---- ASR corpora ---------------------------------------------------------------------------------
-# Each function yields tasks (id, recording, transcript), and perhaps its start and length in seconds.
+# Each function yields tasks (id, recording, transcript), and perhaps start and length in seconds.
 
 
 def librispeech_tasks(args):

@@ -164,7 +164,7 @@ def test_a_signal_stops_after_the_step_and_saves_it(number, options, undisturbed
     assert "Traceback" not in errors and f"saved in {out}" in last and "same command" in last
     assert f"stands at {len(losses(out))} of 20 steps" in last
     again = run_here(FLOAT64, *options, "--out", out, cwd=tmp_path)
-    assert again.returncode == 0 and f"going on after step {last.split()[4]} " in again.stdout
+    assert again.returncode == 0 and f"going on after step {last.split()[4]}\n" in again.stdout
     assert (out / "model.safetensors").read_bytes() == (undisturbed / "model.safetensors").read_bytes()
 
 

@@ -3,11 +3,11 @@
     python data.py shapes --seed 0                     # to runs/shapes/data-s0, about a minute
     python data.py shapes --seed 0 --label-noise 0     # training answers without errors
 
-| part         | a sample                                                               | learnt from in |
-| vision-text  | a picture and a written question; one in six is a sentence to repeat   | vision-text    |
-| audio-text   | a spoken sentence and its transcript                                   | audio-text     |
-| vision-audio | a picture and a question, written and spoken; a quarter answered wrong | vision-audio   |
-| test         | the same with held-out pictures, questions and voices, answered right  | nothing        |
+| part         | a sample                                                               |
+| vision-text  | a picture and a written question; one in six is a sentence to repeat   |
+| audio-text   | a spoken sentence and its transcript                                   |
+| vision-audio | a picture and a question, written and spoken; a quarter answered wrong |
+| test         | the same with held-out pictures, questions and voices, answered right  |
 
 shapes.py draws and asks. Each sample has a random number generator of its own, so that any of them
 can be made anew, in any order, by any process.
@@ -88,7 +88,7 @@ def make_test(i, folder, seed):
 
 
 def make_part(folder, worker, count):
-    """Makes samples 0 to count - 1 in parallel, then samples.jsonl; files that exist are not remade."""
+    """Makes samples 0 to count - 1 in parallel, then samples.jsonl; keeps files that exist."""
     with workers() as pool, written_whole(folder / "samples.jsonl") as temporary:
         with open(temporary, "w", encoding="utf-8") as out:
             results = pool.map(worker, range(count), chunksize=32)

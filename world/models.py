@@ -49,7 +49,7 @@ def build_lvlm():
     lvlm = InternVLForConditionalGeneration(config)
 
     with torch.no_grad():
-        # InternVL's positions begin at 0: beside the patches they would long be too small to matter.
+        # InternVL's positions begin at 0: beside the patches they would be too small for long.
         nn.init.normal_(lvlm.model.vision_tower.embeddings.position_embeddings, std=0.3)
         # A word is read and said in the same direction at first: so it is sooner seen in a picture.
         lvlm.lm_head.weight.copy_(lvlm.get_input_embeddings().weight)
@@ -60,8 +60,9 @@ def build_lvlm():
 
 def build_audio_encoder():
     """Returns Whisper's encoder with two layers and 40 mel bins, and its feature extractor."""
-    config = WhisperConfig(num_mel_bins=40, d_model=128, encoder_layers=2, encoder_attention_heads=4,
-                           encoder_ffn_dim=512, max_source_positions=1500, init_std=0.04)
+    config = WhisperConfig(num_mel_bins=40, d_model=128, encoder_layers=2,
+                           encoder_attention_heads=4, encoder_ffn_dim=512,
+                           max_source_positions=1500, init_std=0.04)
     return WhisperEncoder(config), WhisperFeatureExtractor(feature_size=40)
 
 

@@ -143,7 +143,7 @@ def ask_count(rng, scene):
 
 
 def ask_existence(rng, scene):
-    """Asks whether there is an object; one that is absent shares a feature with one that is there."""
+    """Asks whether there is an object; an absent one shares a feature with one that is there."""
     objects = list(scene.values())
     colors, shapes = zip(*objects)
     answer = rng.choice(("yes", "no"))

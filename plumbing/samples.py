@@ -1,0 +1,64 @@
+"""The lines of a prepared folder's samples.jsonl: read, and checked with all files that they name."""
+
+import json
+from pathlib import Path
+
+from tqdm import tqdm
+
+from plumbing.files import BadInput, at, json_lines
+from plumbing.media import load_audio, load_image
+from plumbing.processes import workers
+
+
+def read_samples(folder):
+    """Returns the lines of folder/samples.jsonl as dicts; adds "where" (file:line) and "folder"."""
+    samples = []
+    for where, sample in json_lines(Path(folder) / "samples.jsonl"):
+        with at(where):
+            check_sample(sample)
+        number = str(len(samples) + 1)
+        samples.append({"id": number, **sample, "where": where, "folder": str(folder)})
+    if not samples:
+        raise BadInput(f"{folder}/samples.jsonl: has no sample")
+    return samples
+
+
+def check_sample(sample):
+    """Raises an error unless a line has an answer, a question or speech, and files inside."""
+    if not sample["answer"].strip():
+        raise BadInput("the answer is empty")
+    if not sample.get("question", "speech").strip() or not sample.keys() & {"question", "audio"}:
+        raise BadInput("there is no question, neither in writing nor aloud")
+    for key in ("image", "audio"):
+        path = Path(sample.get(key, ""))
+        if path.is_absolute() or ".." in path.parts:
+            raise BadInput(f"{key} must lie inside the folder, not at {path}")
+    float(sample.get("phase", 0))  # the built-in base learns in phases, see train.Epoch
+
+
+def check_line(task):
+    """Worker: reads a line of samples.jsonl and its files; returns what is wrong, or None."""
+    folder, where, line = task
+    try:
+        with at(where):
+            sample = json.loads(line)
+            check_sample(sample)
+            for key, load in (("image", load_image), ("audio", load_audio)):
+                if key in sample:
+                    load(folder / sample[key])
+    except BadInput as error:
+        return str(error)
+
+
+def check_folder(folder):
+    """Reads every line, picture and recording of a prepared folder, and prints what is wrong."""
+    path = Path(folder) / "samples.jsonl"
+    lines = path.read_bytes().splitlines()
+    tasks = [(path.parent, f"{path}:{number}", line) for number, line in enumerate(lines, 1)]
+    with workers() as pool:
+        results = pool.map(check_line, tasks, chunksize=16)
+        wrong = [message for message in tqdm(results, total=len(tasks), unit="line") if message]
+    print("".join(f"{message}\n" for message in wrong), end="")
+    if wrong or not lines:
+        raise BadInput(f"{path}: {len(wrong)} of its {len(lines)} lines are wrong")
+    print(f"{path}: nothing is wrong with its {len(lines)} lines and their files")
