@@ -31,7 +31,7 @@ from collections import Counter
 from pathlib import Path
 
 import eval
-from plumbing.files import BadInput, make_once, read_json, readable_errors
+from plumbing.files import BadInput, at, make_once, read_json, readable_errors
 from plumbing.media import HELD_OUT_VOICES, load_image, save_png
 from real import corpora
 from world import shapes
@@ -108,13 +108,11 @@ def answer_rates(rows, form):
 
 def aro_row(row, kind):
     """Returns (picture, box (x, y, w, h), true sentence, false one). Raises BadInput if unfit."""
-    try:
-        image, true, false = (row[key].strip() for key in ("image_path", "true_caption",
-                                                           "false_caption"))
+    with at("not a row of ARO"):
+        texts = ("image_path", "true_caption", "false_caption")
+        image, true, false = (row[key].strip() for key in texts)
         box = tuple(round(row[f"bbox_{side}"]) for side in "xywh")
         relation = row["relation_name"].strip().lower() if kind == "relation" else ""
-    except (AttributeError, KeyError, TypeError) as error:
-        raise BadInput(f"not a row of ARO: {error!r}") from None
 
     a, b = plain(true).lower(), plain(false).lower()
     if relation in SYMMETRIC:
@@ -131,7 +129,9 @@ def aro_row(row, kind):
 def usable_rows(path, kind):
     """Returns ({row by aro_row: its name}, skipped lines) of one of ARO's files."""
     rows, skipped = {}, []
-    for number, row in enumerate(read_json(path)):
+    with at(path):
+        all_rows = list(read_json(path))
+    for number, row in enumerate(all_rows):
         name = f"{kind}-{number:06}"
         try:
             row = aro_row(row, kind)

@@ -200,7 +200,7 @@ def controls(ollm, items, size):
 
 
 def shift(ollm, batch):
-    """Returns (N, 3): KL(text || audio), agreement (0 or 1), and text's rank of audio's likeliest."""
+    """Returns (N, 3): KL(text || audio), agreement (0 or 1), text's rank of audio's likeliest."""
     prefix, audio = ollm.encode_prefix(batch), ollm.hear(batch["mel"], batch["n_frames"])
     by_audio, _ = ollm.answer_logits(prefix, batch["audio"], audio)  # (N, V)
     by_text, _ = ollm.answer_logits(prefix, batch["text"])  # (N, V)

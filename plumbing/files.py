@@ -29,6 +29,8 @@ def at(place):
     try:
         yield
     except Exception as error:
+        if isinstance(error, BadInput) and str(error).startswith(str(place)):
+            raise  # it names the place already
         kind = "" if isinstance(error, (BadInput, OSError)) else f"{type(error).__name__}: "
         raise BadInput(f"{place}: {kind}{one_line(error)}") from error
 

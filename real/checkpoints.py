@@ -187,7 +187,8 @@ def load_tokenizer(path):
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         else:
             tokenizer = Qwen2Tokenizer.from_pretrained(folder)
-        missing = [token for token in SPECIAL_TOKENS if token not in tokenizer.get_vocab()]
+        ids = tokenizer.get_vocab()
+        missing = [token for token in SPECIAL_TOKENS if tokenizer(token).input_ids != [ids.get(token)]]
         if missing or tokenizer.pad_token is None:
             raise BadInput(f"it lacks {missing or 'a token for padding'}")
         return tokenizer
@@ -221,7 +222,9 @@ def empty_audio_encoder(path):
     path = folder / "preprocessor_config.json"
     own = {key: getattr(extractor, key) for key in ("feature_size", "sampling_rate", "hop_length",
                                                     "n_fft")}
-    other = differences(read_json(path), own)
-    if other:
-        raise BadInput(f"{path}: not Whisper's: {other}")
+    with at(path):
+        there = read_json(path)
+        other = differences({key: there[key] for key in own}, own)
+        if other:
+            raise BadInput(f"not Whisper's: {other}")
     return encoder, extractor

@@ -92,8 +92,9 @@ def take_llava(task, folder):
 
 def make_llava(args):
     """Makes the folder of LLaVA: the first question of each dialogue about one picture."""
-    folder, rows = Path(args.out), read_json(args.annotations)
-    tasks, results = [], []
+    folder, tasks, results = Path(args.out), [], []
+    with at(args.annotations):
+        rows = list(read_json(args.annotations))
     for number, row in enumerate(rows):
         name = f"{number:06}"
         try:
