@@ -5,9 +5,9 @@ A prepared folder holds `samples.jsonl`, one object a line, and the files that t
     {"id": "7", "image": "images/7.png", "question": "what color is it", "audio": "audio/7.flac",
      "answer": "red"}
 
-`audio` says aloud what `question` says in writing. A line without image is speech or text alone, a
-line without audio is text alone, a line without question is speech to transcribe. Every source is
-brought to this format:
+`audio` says aloud what `question` says in writing. A line has at least one of the two; one with
+audio alone is speech to transcribe. The image may be missing. Every source is brought to this
+format:
 
     python data.py shapes --seed 0                   # the built-in world (world/make.py)
     python data.py llava --help                      # LLaVA's mix, spoken (real/corpora.py); also:
@@ -16,7 +16,7 @@ brought to this format:
     python data.py speak "what color is the circle" --out question.wav
 
 Letters in shape comments: B batch, P prefix tokens, S tokens of query and answer, T tokens,
-N tiles, M mel bins, F mel frames.
+H and W height and width, M mel bins, F mel frames.
 """
 
 import argparse
@@ -45,7 +45,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Samples(torch.utils.data.Dataset):
-    """Prepared folders: item i is {"question", "answer", "pixels" (N, 3, H, W), "wave", ...}."""
+    """Prepared folders. Item i is line i, with "pixels" (tiles, 3, H, W) and "wave" (samples,)."""
 
     def __init__(self, folders, settings, forms=("question", "audio")):
         """Reads all lines. Pictures and recordings are read when an item is.
@@ -102,7 +102,7 @@ def tile(image, max_tiles, size=448, thumbnail=True):
     for area in range(1, max_tiles + 1):
         for c in (c for c in range(1, area + 1) if area % c == 0):
             r = area // c
-            distance = abs(width / height - c / r)  # in floats: exact fractions would tie
+            distance = abs(width / height - c / r)  # floats as in the original: ties depend on it
             is_large = width * height > 0.5 * size * size * c * r
             if distance < best or (distance == best and is_large):
                 best, columns, rows = distance, c, r
@@ -115,15 +115,15 @@ def tile(image, max_tiles, size=448, thumbnail=True):
 
 
 def pixels(tiles):
-    """Returns the normalised pixel values of a list of tiles, (N, 3, H, W) float32."""
-    values = torch.from_numpy(np.stack([np.asarray(t) for t in tiles]))  # (N, H, W, 3)
-    values = values.permute(0, 3, 1, 2) / 255  # (N, 3, H, W)
+    """Returns the normalised pixel values of a list of tiles, (tiles, 3, H, W) float32."""
+    values = torch.from_numpy(np.stack([np.asarray(t) for t in tiles]))  # (tiles, H, W, 3)
+    values = values.permute(0, 3, 1, 2) / 255  # (tiles, 3, H, W)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
     return (values - mean) / std
 
 
 def audio_tokens(wave):
-    """Returns how many tokens a waveform becomes: one for each 40 ms that it begins."""
+    """Returns how many tokens a waveform becomes: one for every 40 ms, rounded up."""
     return math.ceil(len(wave) / TOKEN_SAMPLES)
 
 
@@ -177,9 +177,10 @@ def collate(samples, tokenizer, mel_extractor, settings, answers=True, positions
     samples    dicts of Samples; "after" is text behind the speech, "end" the answer's end mark
     answers    True: answers follow and are labelled, padding stands right (training)
                False: queries end where the answer begins, padding stands left (generation)
-    positions  function (sample, question tokens, all tokens) -> positions in the query
+    positions  function (sample, question tokens, all tokens) -> positions in the written query;
+               None: 0, 1, 2, ...
 
-    Returns {"pixels" (N, 3, H, W), "prefix": {"ids", "mask"} (B, P), "text": query,
+    Returns {"pixels" (tiles, 3, H, W), "prefix": {"ids", "mask"} (B, P), "text": query,
     "mel" (B, M, F), "n_frames" (B,), "audio": query}; what the samples lack is None. A query is
     {"ids", with AUDIO_SLOT where speech goes, "mask", "labels", "positions"}, each (B, S).
     """
@@ -193,7 +194,7 @@ def collate(samples, tokenizer, mel_extractor, settings, answers=True, positions
         answer_ids = tokenizer([s["answer"] + s.get("end", END) for s in samples]).input_ids
 
     def query(slots, positions=None):
-        """Each slot (a question's ids, or AUDIO_SLOTs), then the tail and the answer."""
+        """Makes a query of each slot (a question's ids, or AUDIO_SLOTs), tail and answer."""
         rows = [slot + tail + answer for slot, answer in zip(slots, answer_ids)]
         for sample, head, row in zip(samples, heads, rows):
             if len(head) + len(row) > tokenizer.model_max_length:
@@ -211,12 +212,12 @@ def collate(samples, tokenizer, mel_extractor, settings, answers=True, positions
              "prefix": pad(heads, tokenizer.pad_token_id),
              "text": None, "mel": None, "n_frames": None, "audio": None}
 
-    # The teacher's form: the question in writing.
+    # The question in writing, which the teacher reads.
     if "question" in samples[0]:
         batch["text"] = query(questions, positions)
 
-    # The student's form: the question aloud. Speech without a question is to be transcribed, which
-    # an instruction after it says. Plain Whisper hears 30 s; "audio_seconds" pads to that.
+    # The question aloud, which the student hears. Where there is no question, an instruction after
+    # the speech asks for a transcript. "audio_seconds" pads speech; plain Whisper hears 30 s.
     if "wave" in samples[0]:
         shortest = int(settings.get("audio_seconds", 0) * SAMPLE_RATE)
         waves = [np.pad(s["wave"], (0, max(0, shortest - len(s["wave"])))) for s in samples]

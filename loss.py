@@ -2,8 +2,8 @@
 
     loss, kl, ce = self_kd_loss(student_logits, teacher_logits, labels, alpha=0.75)
 
-There is nothing to run here. `python -m pytest tests/test_loss.py` compares it with the textbook
-formula. Letters in shape comments: N answer tokens in the batch, V vocabulary.
+`python -m pytest tests/test_loss.py` compares it with the formula, word by word. Letters in shape
+comments: N answer tokens in the batch, V vocabulary.
 """
 
 import torch
@@ -27,15 +27,15 @@ def self_kd_loss(student_logits, teacher_logits, labels, alpha, temperature=1.0,
     n_tokens = len(labels) if n_tokens is None else n_tokens
     kl = ce = student_logits.new_zeros(())
 
-    # Self-distillation: the student's distribution over the vocabulary is to be the teacher's.
-    # The teacher's entropy is part of the sum: where both agree, the KL is exactly 0. The squared
-    # temperature keeps the gradient's size.
+    # Self-distillation: the student's distribution over the vocabulary should be the teacher's.
+    # This is the whole KL, not the cross-entropy to the teacher: where both agree it is exactly 0.
+    # Dividing logits by T shrinks the gradient by T squared, which the factor undoes.
     if alpha > 0:
         teacher = F.log_softmax(teacher_logits.to(dtype) / temperature, dim=-1)  # (N, V)
         student = F.log_softmax(student_logits / temperature, dim=-1)  # (N, V)
         kl = temperature**2 * (teacher.exp() * (teacher - student)).sum() / n_tokens
 
-    # Supervised fine-tuning: the data's answer is to be likely.
+    # Supervised fine-tuning: the data's answer should be likely.
     if alpha < 1:
         ce = F.cross_entropy(student_logits, labels, reduction="sum") / n_tokens
 

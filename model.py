@@ -10,11 +10,11 @@ and the vision encoder and the LLM are frozen. So the keys and values of `<syste
 same for both: `encode_prefix` computes them once, and `continue_prefix` reads the written or the
 spoken question from there. `forward` is the whole method.
 
-There is nothing to run here. `python -m pytest tests/test_model.py` compares the shared prefix with
-two full passes in float64. A batch is what `data.collate` returns. Letters in shape comments:
+`python -m pytest tests/test_model.py` compares the shared prefix with two full passes in float64.
+A batch is what `data.collate` returns. Letters in shape comments:
     B batch   P prefix tokens   S tokens of query and answer   A audio tokens   V vocabulary
     N answer tokens in the batch   D width of the LLM   W width of the audio encoder
-    M mel bins   F mel frames
+    M mel bins   F mel frames   T tokens of any kind   H, W of a picture: its height and width
 """
 
 import copy
@@ -65,7 +65,8 @@ class OLLM(nn.Module):
     # ---- from pictures and sound to tokens -------------------------------------------------------
 
     def see(self, pixels):
-        """Turns image tiles (N, 3, H, W) into image tokens (N, tokens per tile, D)."""
+        """Turns image tiles (tiles, 3, H, W) into image tokens (tiles, tokens per tile, D)."""
+        # The last layer, without the class token: what InternVL was trained with.
         return self.lvlm.get_image_features(
             pixel_values=pixels, vision_feature_layer=-1,
             vision_feature_select_strategy="default").pooler_output
@@ -97,11 +98,12 @@ class OLLM(nn.Module):
         x = x.unflatten(1, (-1, 2)).mean(2)  # (B, A, W)
         return self.projector(x)  # (B, A, D)
 
-    def embed(self, ids, pixels=None, audio=None):
+    def embed(self, ids, pixels=None, audio_tokens=None):
         """Returns embeddings (B, T, D) of ids (B, T), with image and audio tokens in their slots.
 
-        pixels: image tiles (N, 3, H, W) of the whole batch; audio: audio tokens (B, A, D)
+        pixels: image tiles (tiles, 3, H, W) of the whole batch; audio_tokens: (B, A, D)
         """
+        # AUDIO_SLOT is no id of the vocabulary: 0 stands in for it until the audio tokens come.
         audio_slots = ids == AUDIO_SLOT  # (B, T)
         x = self.lvlm.get_input_embeddings()(ids.masked_fill(audio_slots, 0))  # (B, T, D)
 
@@ -111,10 +113,10 @@ class OLLM(nn.Module):
             assert image_slots.sum() == len(image), "as many image slots as image tokens"
             x = x.masked_scatter(image_slots[..., None], image.to(x.dtype))
 
-        if audio is not None:
-            places = torch.arange(audio.size(1), device=x.device)  # (A,)
-            real = places < audio_slots.sum(1, keepdim=True)  # (B, A)
-            x = x.masked_scatter(audio_slots[..., None], audio[real].to(x.dtype))
+        if audio_tokens is not None:
+            places = torch.arange(audio_tokens.size(1), device=x.device)  # (A,)
+            is_speech = places < audio_slots.sum(1, keepdim=True)  # (B, A), the rest is padding
+            x = x.masked_scatter(audio_slots[..., None], audio_tokens[is_speech].to(x.dtype))
         return x
 
     # ---- one image prefix, two questions, one answer ---------------------------------------------
@@ -128,13 +130,14 @@ class OLLM(nn.Module):
             position_ids=positions, use_cache=True)
         return out.past_key_values, mask
 
-    def continue_prefix(self, prefix, query, audio=None):
+    def continue_prefix(self, prefix, query, audio_tokens=None):
         """Reads a query, and its answer if there is one, after the prefix.
 
-        audio: audio tokens (B, A, D) of a spoken query; None for a written one
+        audio_tokens: (B, A, D) of a spoken query; None for a written one
         Returns (hidden states (B, S, D), the longer prefix).
         """
-        # A cache grows in place, so each query continues a copy (of the list, not of the tensors).
+        # A cache grows, so each query continues a copy. The tensors are shared: growing makes new
+        # ones.
         cache, prefix_mask = copy.copy(prefix[0]), prefix[1]
         cache.layers = [copy.copy(layer) for layer in cache.layers]
 
@@ -142,16 +145,16 @@ class OLLM(nn.Module):
         mask = torch.cat([prefix_mask, query["mask"]], dim=1)  # (B, P + S)
         positions = prefix_mask.sum(1, keepdim=True) + query["positions"]  # (B, S)
         out = self.lvlm.model.language_model(
-            inputs_embeds=self.embed(query["ids"], audio=audio), attention_mask=mask,
-            position_ids=positions, past_key_values=cache, use_cache=True)
+            inputs_embeds=self.embed(query["ids"], audio_tokens=audio_tokens),
+            attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
         return out.last_hidden_state, (cache, mask)
 
-    def answer_logits(self, prefix, query, audio=None):
+    def answer_logits(self, prefix, query, audio_tokens=None):
         """Returns logits (N, V) at the positions that predict the answer, and its tokens (N,).
 
         The head is applied nowhere else: an image takes hundreds of positions, an answer a handful.
         """
-        hidden, _ = self.continue_prefix(prefix, query, audio)  # (B, S, D)
+        hidden, _ = self.continue_prefix(prefix, query, audio_tokens)  # (B, S, D)
         labels = query["labels"][:, 1:]  # (B, S - 1): the position before a token predicts it
         is_answer = labels != IGNORE  # (B, S - 1)
         return self.lvlm.lm_head(hidden[:, :-1][is_answer]), labels[is_answer]
@@ -164,8 +167,8 @@ class OLLM(nn.Module):
         if batch["mel"] is None:
             student, labels = self.answer_logits(prefix, batch["text"])  # (N, V), (N,)
         else:
-            audio = self.hear(batch["mel"], batch["n_frames"])  # (B, A, D)
-            student, labels = self.answer_logits(prefix, batch["audio"], audio)
+            audio_tokens = self.hear(batch["mel"], batch["n_frames"])  # (B, A, D)
+            student, labels = self.answer_logits(prefix, batch["audio"], audio_tokens)
 
         # The teacher, the same weights, reads it. It is not trained.
         teacher = None
@@ -179,7 +182,7 @@ class OLLM(nn.Module):
     # ---- answering -------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def generate(self, prefix, query, audio=None, max_new_tokens=48, keep_end=False):
+    def generate(self, prefix, query, audio_tokens=None, max_new_tokens=48, keep_end=False):
         """Returns greedy answers, a string a row. The query is padded on the left.
 
         keep_end: leave the end mark on answers that reached it
@@ -187,14 +190,14 @@ class OLLM(nn.Module):
         end = self.tokenizer.convert_tokens_to_ids(END)
         answers = query["ids"][:, :0]  # (B, tokens so far)
         while answers.size(1) < max_new_tokens and not (answers == end).any(1).all():
-            hidden, prefix = self.continue_prefix(prefix, query, audio)
+            hidden, prefix = self.continue_prefix(prefix, query, audio_tokens)
             token = self.lvlm.lm_head(hidden[:, -1]).argmax(-1, keepdim=True)  # (B, 1)
             answers = torch.cat([answers, token], dim=1)
 
             # The next query is this one token: all that was read before is part of the prefix now.
             query = {"ids": token, "mask": torch.ones_like(token, dtype=torch.bool),
                      "positions": torch.zeros_like(token)}
-            audio = None
+            audio_tokens = None
 
         rows = [row[: row.index(end) + keep_end] if end in row else row
                 for row in answers.tolist()]
@@ -210,8 +213,8 @@ class OLLM(nn.Module):
         if "text" in forms:
             answers["text"] = self.generate(prefix, batch["text"], **options)
         if "audio" in forms:
-            audio = self.hear(batch["mel"], batch["n_frames"])  # (B, A, D)
-            answers["audio"] = self.generate(prefix, batch["audio"], audio, **options)
+            audio_tokens = self.hear(batch["mel"], batch["n_frames"])  # (B, A, D)
+            answers["audio"] = self.generate(prefix, batch["audio"], audio_tokens, **options)
         return answers
 
     # ---- runs on disk ----------------------------------------------------------------------------
@@ -236,7 +239,7 @@ class OLLM(nn.Module):
 
     @classmethod
     def load(cls, run):
-        """Reads a run folder. An LVLM's folder or hub id gives an OLLM that cannot listen yet."""
+        """Reads a run folder. An LVLM's folder or hub id gives an OLLM without audio parts."""
         about, base = runs.about(run), runs.base_of(run)
         with at(run):
             if base != run and runs.fingerprint(base) != about["base_fingerprint"]:

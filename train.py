@@ -98,6 +98,8 @@ def parse_arguments():
     args = parser.parse_args()
     if args.stage not in PRESETS[args.preset]:
         parser.error(f"the preset {args.preset} has no stage {args.stage}: its LVLM comes trained")
+    if args.stage == "vision-text" and args.init:
+        parser.error("the stage vision-text starts from nothing, not from --init")
     if not 0 <= args.alpha <= 1:
         parser.error(f"--alpha is a weight between 0 and 1, not {args.alpha}")
     return args
@@ -121,17 +123,17 @@ def configure(args, stage):
     config = {"stage": stage, "alpha": 0.0, "temperature": 1.0, "on_policy": 0.0, "seed": args.seed,
               "data": [f"runs/{args.preset}/data-s{args.seed}/{stage}"], "init": init,
               "whisper": preset["whisper"], "max_steps": None, **preset[stage],
-              "max_tiles": args.max_tiles, "audio_seconds": args.audio_seconds}
+              "max_tiles": args.max_tiles, "audio_seconds": args.audio_seconds}  # of all stages
 
     # The loss's settings are the last stage's: the others know nothing but CE.
     if stage == "vision-audio":
         config |= {key: getattr(args, key) for key in ("alpha", "temperature", "on_policy")}
 
-    # Places and batches of the command line are meant for the stage that it names.
+    # Most of the command line is meant for the stage that it names, not for those before it.
     if stage == args.stage:
         out = args.out or out
-        own = ("data", "init", "whisper", "lr", "global_batch", "micro_batch", "max_steps")
-        config |= {key: getattr(args, key) for key in own if getattr(args, key) is not None}
+        keys = ("data", "init", "whisper", "lr", "global_batch", "micro_batch", "max_steps")
+        config |= {key: getattr(args, key) for key in keys if getattr(args, key) is not None}
     return config, Path(out)
 
 
@@ -150,7 +152,7 @@ class Epoch(torch.utils.data.Dataset):
         self.rank, self.world_size = rank, world_size
         self.order = list(range(len(samples)))
         random.Random(config["seed"]).shuffle(self.order)
-        # The built-in base first learns to see (phase 0), then to answer (phase 1).
+        # The built-in base first learns to see (phase 0), then to answer (phase 1): world/make.py.
         self.order.sort(key=lambda i: float(samples.rows[i].get("phase", 0)))
 
     def __len__(self):
@@ -209,8 +211,8 @@ def start_model(config):
     if stage == "vision-audio" and ollm.audio_encoder is None:
         raise BadInput(f"{config['init']}: has no audio encoder; vision-audio starts from an "
                        "audio-text run")
-    own = ("max_tiles", "audio_seconds")
-    ollm.settings |= {key: config[key] for key in own if config[key] is not None}
+    inputs = {key: config[key] for key in ("max_tiles", "audio_seconds")}
+    ollm.settings |= {key: value for key, value in inputs.items() if value is not None}
     ollm.train_only(stage)
     return ollm
 
@@ -220,10 +222,11 @@ def start_model(config):
 
 def answer_itself(ollm, batch, collate):
     """Returns a micro-batch with the student's own answers to its spoken questions (on-policy)."""
-    samples = batch.get("samples", [])
-    answers = ollm.answer(samples, ("audio",), keep_end=True)["audio"] if samples else []
-    own = [{**sample, "answer": text, "end": ""} for sample, text in zip(samples, answers)]
-    return collate(own) if own else batch
+    if "samples" not in batch:  # a rank without samples
+        return batch
+    answers = ollm.answer(batch["samples"], ("audio",), keep_end=True)["audio"]
+    return collate([{**sample, "answer": answer, "end": ""}
+                    for sample, answer in zip(batch["samples"], answers)])
 
 
 def forward_backward(model, micro_batches, alpha, temperature, device, world_size):
@@ -250,8 +253,8 @@ def forward_backward(model, micro_batches, alpha, temperature, device, world_siz
 
 def train_stage(args, config, out, rank, world_size, device):
     """Trains one stage for one epoch. Leaves a run in the folder `out`."""
-    # Model and data. What is frozen is kept in half precision on a GPU; only the parameters, as
-    # the angles of far positions need float32.
+    # Model and data. On a GPU, the frozen LVLM's parameters are kept in half precision. Its buffers
+    # are not: the rotary angles of far positions would be wrong.
     ollm, stage = start_model(config).to(device), config["stage"]
     if device.type == "cuda" and stage != "vision-text":
         for parameter in ollm.lvlm.parameters():
@@ -259,28 +262,30 @@ def train_stage(args, config, out, rank, world_size, device):
     epoch = make_epoch(config, ollm, rank, world_size)
     n_steps = min(len(epoch), config["max_steps"] or len(epoch))
 
-    # Optimizer and checkpoint. A checkpoint knows its data and its start by content, not by name.
+    # Optimizer and checkpoint. A checkpoint names its data and its start by their SHA-256: folders
+    # may be moved, but not exchanged.
     trained = {name: p for name, p in ollm.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), betas=BETAS, weight_decay=0.0, fused=True)
     content = {"data": epoch.samples.fingerprint(),
                "init": config["init"] and runs.fingerprint(config["init"])}
-    run = Resumable(out, config | content, trained, optimizer, args.save_every, device)
+    progress = Resumable(out, config | content, trained, optimizer, args.save_every, device)
     model = ollm
-    if world_size > 1:  # text-only micro-batches leave the vision encoder without gradient
+    if world_size > 1:
+        # In vision-text, micro-batches without a picture leave the vision encoder unused.
         model = DistributedDataParallel(ollm, find_unused_parameters=stage == "vision-text")
     if rank == 0:
         print(f"{stage}: {len(epoch.samples)} samples, {n_steps} steps of {config['global_batch']} "
               f"on {world_size} x {device}, {sum(map(torch.numel, trained.values())):,} "
               "parameters trained")
 
-    for step, micro_batches in run.steps(epoch, n_steps, args.workers):
+    for step, micro_batches in progress.steps(epoch, n_steps, args.workers):
         # 1. The learning rate, a function of the step alone
         lr, alpha = learning_rate(step, len(epoch), config["lr"]), config["alpha"]
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        # 2. The paired passes, forward and backward. On-policy, of its own answers, the student
-        #    learns from the teacher alone.
+        # 2. The paired passes, forward and backward. In an on-policy step the student answers
+        #    first, and learns from the teacher alone.
         if random.Random(f"{config['seed']}/{step}").random() < config["on_policy"]:
             micro_batches = [answer_itself(ollm, batch, epoch.collate) for batch in micro_batches]
             alpha = 1.0
@@ -297,12 +302,12 @@ def train_stage(args, config, out, rank, world_size, device):
         optimizer.zero_grad()
 
         # 4. Log; save now and then, or when a signal asks to stop
-        run.after_step(step, loss=loss, kl=kl, ce=ce, lr=lr, grad_norm=grad_norm)
+        progress.after_step(step, loss=loss, kl=kl, ce=ce, lr=lr, grad_norm=grad_norm)
 
     if rank == 0:
         ollm.save(out, config)
-        print(f"{stage}: finished in {time.time() - run.started:.0f} s, the run lies in {out}")
-    run.finish()
+        print(f"{stage}: finished in {time.time() - progress.started:.0f} s, the run is in {out}")
+    progress.finish()
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -318,31 +323,31 @@ def main():
                "--preset internvl2-1b --alpha 0.75 --data FOLDER")
 
     for stage in broadcast(stages_to_train(args)):
-        config, out = configure(args, stage)
-        started = time.time()
+        (config, out), started = configure(args, stage), time.time()
         with only_writer(out) if rank == 0 else contextlib.nullcontext():
             if broadcast(runs.finished(out)):
                 runs.check_same(out, config)
-                print0(f"{stage}: finished already, the run lies in {out} (delete it to train it "
-                       "again)")
+                print0(f"{stage}: finished already, the run is in {out} (delete it to train again)")
                 continue
             if rank == 0:
                 runs.note_if_cut(config["init"])
-                if args.preset == "shapes" and not args.data:
+                if args.preset == "shapes" and not (args.data and stage == args.stage):
                     make_if_missing(config["data"][0], args.seed)
             wait_for_all()
             train_stage(args, config, out, rank, world_size, device)
+    seconds = time.time() - started
     close_processes()
 
-    # The first thing that a newcomer runs ends with the table, and with what to try next.
+    # A default run ends with the table, and with what to try next.
     is_default = not (args.out or args.data or args.init or args.max_steps)
-    if rank == 0 and args.preset == "shapes" and stage == "vision-audio" and is_default:
-        other = 0 if args.alpha else 0.75
-        run_script("eval.py", "--seed", args.seed)
-        print(f"\nNext, about {time.time() - started:.0f} s, the same start with another loss:\n"
-              f"    torchrun train.py --alpha {other:g} --seed {args.seed}")
+    if args.preset == "shapes" and stage == "vision-audio" and is_default:
+        if rank == 0:
+            run_script("eval.py", "--seed", args.seed)
+        took = f", about {seconds:.0f} s on this machine" if seconds > 1 else ""
+        print0(f"\nNext, the same start with another loss{took}:\n"
+               f"    torchrun train.py --alpha {0 if args.alpha else 0.75:g} --seed {args.seed}")
     else:
-        print0(f"\nThe result lies in {out}. To look at it:\n    python eval.py {out}")
+        print0(f"\nThe result is in {out}. To look at it:\n    python eval.py {out}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """A run that can be killed at any moment and goes on as if nothing had happened.
 
-    run = Resumable(out, config, trained, optimizer, save_every, device)   # reads the checkpoint
-    for step, micro_batches in run.steps(epoch, n_steps, workers):         # begins after it
+    progress = Resumable(out, config, trained, optimizer, save_every, device)    # reads it
+    for step, micro_batches in progress.steps(epoch, n_steps, workers):          # begins after it
         ...
-        run.after_step(step, loss=loss, ...)                               # logs, saves, may stop
-    run.finish()                                                           # drops the checkpoint
+        progress.after_step(step, loss=loss, ...)                                # logs, may save
+    progress.finish()                                                            # drops it
 
 A checkpoint holds the trained weights, AdamW's moments and the number of steps taken. No more is
 needed: the samples and the learning rate of a step are functions of the seed and the step.
@@ -19,7 +19,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from plumbing.files import BadInput, at, written_whole
-from plumbing.processes import all_sum, ignore_interrupts, is_main, noted_signals, world_size
+from plumbing.processes import (all_sum, ignore_interrupts, is_main, noted_signals, wait_for_all,
+                                world_size)
 from plumbing.runs import differences
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW remembers of a parameter
@@ -103,6 +104,7 @@ class Resumable:
             if done < self.n_steps and (stop or done % self.save_every == 0):
                 self.save(done)
         if stop and done < self.n_steps:
+            wait_for_all()  # torchrun ends all processes once one has ended
             raise KeyboardInterrupt(f"{self.config['stage']} stands at {done} of {self.n_steps} "
                                     f"steps, saved in {self.out}")
 

@@ -81,7 +81,9 @@ def check_same(run, config):
 
 def place_for_answers(run):
     """Returns where a run's answers are kept; those of a model that is no run lie beside ours."""
-    return Path(run) if finished(run) else Path("runs/asked") / str(run).strip("./").replace("/", "_")
+    if finished(run):
+        return Path(run)
+    return Path("runs/asked") / str(run).strip("./").replace("/", "_")
 
 
 def note_if_cut(run):

@@ -1,4 +1,4 @@
-"""The lines of a prepared folder's samples.jsonl: read, and checked with all files that they name."""
+"""The lines of a prepared folder's samples.jsonl: read, and checked with the files they name."""
 
 import json
 from pathlib import Path

@@ -62,10 +62,8 @@ def run_here(script, *arguments, cwd):
     try:
         with (contextlib.chdir(cwd), contextlib.redirect_stdout(out),
               contextlib.redirect_stderr(errors)):
-            if script.endswith(".py"):
-                runpy.run_path(str(ROOT / script), run_name="__main__")
-            else:
-                runpy.run_module(script, run_name="__main__")
+            file = script if script.endswith(".py") else script.replace(".", "/") + ".py"
+            runpy.run_path(str(ROOT / file), run_name="__main__")
     except SystemExit as exit:  # a message goes to stderr and means 1, as Python does it
         code = exit.code if isinstance(exit.code, int) else int(exit.code is not None)
         errors.write(f"{exit.code}\n" if isinstance(exit.code, str) else "")
