@@ -177,18 +177,16 @@ def collate(samples, tokenizer, mel_extractor, settings, answers=True, positions
     samples    dicts of Samples; "after" is text behind the speech, "end" the answer's end mark
     answers    True: answers follow and are labelled, padding stands right (training)
                False: queries end where the answer begins, padding stands left (generation)
-    positions  function (sample, question tokens, all tokens) -> positions in the written query;
-               None: 0, 1, 2, ...
+    positions  None, or a function (sample, question tokens, all tokens) -> positions, if written
 
     Returns {"pixels" (tiles, 3, H, W), "prefix": {"ids", "mask"} (B, P), "text": query,
     "mel" (B, M, F), "n_frames" (B,), "audio": query}; what the samples lack is None. A query is
     {"ids", with AUDIO_SLOT where speech goes, "mask", "labels", "positions"}, each (B, S).
     """
     tiles = [s["pixels"] for s in samples if "pixels" in s]
-    per_tile = settings["tokens_per_tile"]
-    image_tokens = [len(s["pixels"]) * per_tile if "pixels" in s else 0 for s in samples]
-    written = [s.get("question", "") for s in samples]
-    heads, questions, tail = prompt_ids(tokenizer, settings, image_tokens, written)
+    image_tokens = [len(s.get("pixels", ())) * settings["tokens_per_tile"] for s in samples]
+    texts = [s.get("question", "") for s in samples]
+    heads, questions, tail = prompt_ids(tokenizer, settings, image_tokens, texts)
     answer_ids = [[]] * len(samples)
     if answers:
         answer_ids = tokenizer([s["answer"] + s.get("end", END) for s in samples]).input_ids
@@ -216,8 +214,8 @@ def collate(samples, tokenizer, mel_extractor, settings, answers=True, positions
     if "question" in samples[0]:
         batch["text"] = query(questions, positions)
 
-    # The question aloud, which the student hears. Where there is no question, an instruction after
-    # the speech asks for a transcript. "audio_seconds" pads speech; plain Whisper hears 30 s.
+    # The question aloud, which the student hears. Where there is none, an instruction after the
+    # speech asks for a transcript. "audio_seconds" pads speech; plain Whisper hears 30 s.
     if "wave" in samples[0]:
         shortest = int(settings.get("audio_seconds", 0) * SAMPLE_RATE)
         waves = [np.pad(s["wave"], (0, max(0, shortest - len(s["wave"])))) for s in samples]
@@ -225,8 +223,8 @@ def collate(samples, tokenizer, mel_extractor, settings, answers=True, positions
         after = [s.get("after", "" if "question" in s else settings["instruction"])
                  for s in samples]
         after_ids = [tokenizer(text).input_ids if text else [] for text in after]
-        batch["audio"] = query([[AUDIO_SLOT] * audio_tokens(wave) + ids
-                                for wave, ids in zip(waves, after_ids)])
+        slots = [[AUDIO_SLOT] * audio_tokens(w) + ids for w, ids in zip(waves, after_ids)]
+        batch["audio"] = query(slots)
     return batch
 
 

@@ -262,8 +262,7 @@ def train_stage(args, config, out, rank, world_size, device):
     epoch = make_epoch(config, ollm, rank, world_size)
     n_steps = min(len(epoch), config["max_steps"] or len(epoch))
 
-    # Optimizer and checkpoint. A checkpoint names its data and its start by their SHA-256: folders
-    # may be moved, but not exchanged.
+    # Optimizer and checkpoint, which names its data and its start by SHA-256: folders may move.
     trained = {name: p for name, p in ollm.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), betas=BETAS, weight_decay=0.0, fused=True)
     content = {"data": epoch.samples.fingerprint(),
@@ -284,8 +283,7 @@ def train_stage(args, config, out, rank, world_size, device):
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        # 2. The paired passes, forward and backward. In an on-policy step the student answers
-        #    first, and learns from the teacher alone.
+        # 2. The paired passes, forward and backward (on-policy: of the student's own answers)
         if random.Random(f"{config['seed']}/{step}").random() < config["on_policy"]:
             micro_batches = [answer_itself(ollm, batch, epoch.collate) for batch in micro_batches]
             alpha = 1.0

@@ -189,7 +189,7 @@ def load_tokenizer(path):
             tokenizer = Qwen2Tokenizer.from_pretrained(folder)
         ids = tokenizer.get_vocab()
         missing = [token for token in SPECIAL_TOKENS if tokenizer(token).input_ids != [ids.get(token)]]
-        if missing or tokenizer.pad_token is None:
+        if missing or tokenizer.pad_token not in SPECIAL_TOKENS:
             raise BadInput(f"it lacks {missing or 'a token for padding'}")
         return tokenizer
 

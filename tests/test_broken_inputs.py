@@ -28,6 +28,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 
 from model import OLLM
+from plumbing.files import write_json_lines
 
 BAR = re.compile(r"\d+%\||\d+\w+ \[\d\d:\d\d")  # of tqdm
 USAGE = re.compile(r"\S+ ?\w*: error: ")  # of argparse
@@ -100,10 +101,7 @@ def end(command, cwd):
 
 
 def problems(case, code, lines, named, must):
-    """Returns a list of what is wrong with how a command ended.
-
-    named: pattern that the error must have; must: "refused" or "handled", if only one is right
-    """
+    """Returns a list of what is wrong with how a command ended; see try_contents."""
     result, last, wrong = "refused" if code else "handled", "".join(lines[-1:]), []
     one_line = code == 1 and len(lines) == 1 and last.startswith("error: ")
     if code and not one_line and not (code == 2 and USAGE.match(last)) or "MemoryError" in last:
@@ -181,8 +179,8 @@ def change(value, key, new):
 
 def picture(format="PNG", mode="RGB", size=(40, 30)):
     """Returns a picture as a file's bytes."""
-    file, rng = io.BytesIO(), np.random.default_rng(0)
-    pixels = rng.integers(0, 255, (*size[::-1], 3), dtype=np.uint8)
+    pixels = np.random.default_rng(0).integers(0, 255, (*size[::-1], 3), dtype=np.uint8)
+    file = io.BytesIO()
     Image.fromarray(pixels).convert(mode).save(file, format)
     return file.getvalue()
 
@@ -196,8 +194,8 @@ def png_claiming(*size):
 def sound(format="WAV", rate=16_000, seconds=0.5, channels=1, value=None, **options):
     """Returns a recording as a file's bytes: noise, or one value throughout."""
     file, shape = io.BytesIO(), (round(seconds * rate), channels)
-    wave = np.random.default_rng(0).normal(0, 0.1, shape)
-    wave = wave if value is None else np.full(shape, float(value))
+    noise = np.random.default_rng(0).normal(0, 0.1, shape)
+    wave = noise if value is None else np.full(shape, float(value))
     soundfile.write(file, wave, rate, format=format, **options)
     return file.getvalue()
 
@@ -217,10 +215,10 @@ def try_files(key, folder, formats, good, bad):
         path = folder / f"{number}{Path(name).suffix}"
         path.write_bytes(content) if isinstance(content, bytes) else content(path)
         rows.append({"id": name, key: path.name, "question": "what", "answer": "a"})
-    (folder / "samples.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    write_json_lines(folder / "samples.jsonl", rows)
 
     code, lines, out = end(("data.py", "check", "."), folder)
-    assert code == 1 and len(lines) == 1 and "samples.jsonl" in lines[0], lines
+    assert not problems("check", code, lines, "samples.jsonl", "refused")
     errors = {int(line.split(":")[1]): [f"error: {line}"] for line in out.splitlines()}
     must = dict.fromkeys(good, "handled") | dict.fromkeys(bad, "refused")
     for number, row in enumerate(rows, 1):
@@ -422,8 +420,7 @@ def test_tables_of_recordings(place, most):
     try_contents(path, contents, command, place, most=most)
     try_contents(path, list(BROKEN_JSON[1:]), command, place, "refused")
     command = ("data.py", "commonvoice", "--tsv", "x.tsv", "--clips", "part", "--out", "out")
-    tables = [None, b"a\tb\n1\t2\n", b"path\tsentence\nx\n", picture()]
-    try_contents(place / "x.tsv", tables, command, place)
+    try_contents(place / "x.tsv", [None, b"a\tb\n1\t2\n", picture()], command, place)
 
 
 # ---- command lines -------------------------------------------------------------------------------

@@ -166,7 +166,7 @@ def test_librispeech(tmp_path):
     kept, skipped = lines(tmp_path / "out/samples.jsonl"), lines(tmp_path / "out/skipped.jsonl")
     assert kept == [{"id": "84-121123-0000", "audio": "audio/84-121123-0000.flac",
                      "answer": "go do you hear"}]
-    assert skipped[0]["id"] == "84-121123-0001" and "30 s" in skipped[0]["skipped"]
+    assert skipped[0]["id"] == "84-121123-0001" and "31.0 s" in skipped[0]["skipped"]
     missing = run_here(*command, "--split", "no-such", "--out", tmp_path / "b", cwd=tmp_path)
     assert missing.returncode == 1 and missing.stderr.count("\n") == 1
     assert "no-such" in missing.stderr
