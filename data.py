@@ -115,11 +115,15 @@ def tile(image, max_tiles, size=448, thumbnail=True):
 
 
 def pixels(tiles):
-    """Returns the normalised pixel values of a list of tiles, (tiles, 3, H, W) float32."""
+    """Returns a list of tiles as bytes, (tiles, 3, H, W) uint8: they travel so to the device."""
     values = torch.from_numpy(np.stack([np.asarray(t) for t in tiles]))  # (tiles, H, W, 3)
-    values = values.permute(0, 3, 1, 2) / 255  # (tiles, 3, H, W)
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
-    return (values - mean) / std
+    return values.permute(0, 3, 1, 2)  # (tiles, 3, H, W)
+
+
+def normalize(pixels):
+    """Returns the values (tiles, 3, H, W) float32 that the vision encoder expects of bytes."""
+    mean, std = torch.tensor([IMAGENET_MEAN, IMAGENET_STD], device=pixels.device)[..., None, None]
+    return (pixels / 255 - mean) / std
 
 
 def audio_tokens(wave):

@@ -28,10 +28,10 @@ from benchmarks.scorers import score  # noqa: F401: eval.score, for those who ha
 from model import OLLM
 from plumbing import runs
 from plumbing.files import BadInput, at, readable_errors, write_json_lines
+from plumbing.media import MAX_SECONDS
 from plumbing.tables import paired_bootstrap, print_summaries
 from world import shapes
 
-BATCH = 100  # questions answered at once
 AVERAGE = "mean of six kinds"
 OBJECT = re.compile(rf"\b({'|'.join(shapes.COLORS)}) ({'|'.join(shapes.SHAPES)})\b")
 
@@ -78,7 +78,7 @@ def evaluate(run, folder, kinds, args):
     Returns samples with "text", "audio" and "transcript"; the latter two are None for a base, and
     only a run of the stage audio-text transcribes.
     """
-    ollm = OLLM.load(run).to(args.device).eval()
+    ollm = OLLM.load(run).place(args.device).eval()
     if args.max_tiles:
         ollm.settings["max_tiles"] = args.max_tiles
     forms = ("text",) if ollm.audio_encoder is None else ("text", "audio")
@@ -89,9 +89,10 @@ def evaluate(run, folder, kinds, args):
 
     # Like lengths are asked together; the rows come back in the folder's order.
     rows, indices = {}, sorted(indices, key=samples.length)
-    starts = range(0, len(indices), BATCH)
+    size = args.batch or (8 if ollm.settings["image_size"] > shapes.SIZE else 100)
+    starts = range(0, len(indices), size)
     for start in tqdm(starts, desc=str(run), unit="batch", leave=False):
-        chunk = indices[start: start + BATCH]
+        chunk = indices[start: start + size]
         batch = [samples[i] for i in chunk]
         answers = {"audio": [None] * len(batch), **ollm.answer(batch, forms)}
         transcripts = [None] * len(batch)
@@ -104,7 +105,7 @@ def evaluate(run, folder, kinds, args):
 
 def answer_one(run, args):
     """Prints a run's answers to one question about one picture, in writing and aloud."""
-    ollm = OLLM.load(run).to(args.device).eval()
+    ollm = OLLM.load(run).place(args.device).eval()
     if ollm.audio_encoder is None:
         raise BadInput(f"{run}: cannot listen; give a run of the stage audio-text or vision-audio")
     if args.question is not None:
@@ -112,6 +113,8 @@ def answer_one(run, args):
     max_tiles = args.max_tiles or ollm.settings["max_tiles"]
     tiles = data.tile(data.load_image(args.image), max_tiles, ollm.settings["image_size"])
     wave = data.load_audio(args.audio) if args.audio else data.speak(args.question)[0]
+    if len(wave) > MAX_SECONDS * data.SAMPLE_RATE:
+        raise BadInput(f"the question takes over {MAX_SECONDS} s to say, Whisper hears no more")
     sample = {"pixels": data.pixels(tiles), "question": args.question or "", "answer": "",
               "wave": wave}
     forms = ("audio",) if args.question is None else ("text", "audio")
@@ -218,6 +221,8 @@ def arguments(description):
     parser = runs.arguments(description)
     parser.add_argument("--show", type=int, default=0, help="print so many of each run's answers")
     parser.add_argument("--max-tiles", type=int, help="squares that a picture is cut into")
+    parser.add_argument("--batch", type=int, help="questions answered at once (default: 8; the "
+                        "built-in world's tiny models 100)")
     return parser
 
 

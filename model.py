@@ -27,11 +27,16 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
-from data import AUDIO_SLOT, END, IGNORE, collate, to
+from data import AUDIO_SLOT, END, IGNORE, collate, normalize, to
 from loss import self_kd_loss
 from plumbing import runs
 from plumbing.files import BadInput, at, written_folder
 from real.checkpoints import empty_audio_encoder, load_lvlm, load_tokenizer, lvlm_settings
+
+
+def half_precision(device):
+    """Returns a context: on a GPU, matrix products are in bfloat16. Weights stay as they are."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
 class OLLM(nn.Module):
@@ -62,10 +67,23 @@ class OLLM(nn.Module):
         if self.audio_encoder is not None:  # Whisper's positions are sinusoids, which stay fixed
             self.audio_encoder.embed_positions.requires_grad_(False)
 
+    def place(self, device):
+        """Moves the model to a device. On a GPU, a frozen LVLM is kept in half precision.
+
+        Only its parameters: with rounded buffers, rotary angles of far positions would be wrong.
+        """
+        self.to(device)
+        is_frozen = not any(parameter.requires_grad for parameter in self.lvlm.parameters())
+        if self.lvlm.device.type == "cuda" and is_frozen:
+            for parameter in self.lvlm.parameters():
+                parameter.data = parameter.data.bfloat16()
+        return self
+
     # ---- from pictures and sound to tokens -------------------------------------------------------
 
     def see(self, pixels):
         """Turns image tiles (tiles, 3, H, W) into image tokens (tiles, tokens per tile, D)."""
+        pixels = normalize(pixels) if pixels.dtype == torch.uint8 else pixels
         # The last layer, without the class token: what InternVL was trained with.
         return self.lvlm.get_image_features(
             pixel_values=pixels, vision_feature_layer=-1,
@@ -208,13 +226,14 @@ class OLLM(nn.Module):
     def answer(self, samples, forms=("text", "audio"), **options):
         """Answers a list of samples, asked in writing and aloud. Returns {form: [answer, ...]}."""
         batch = collate(samples, self.tokenizer, self.mel_extractor, self.settings, answers=False)
-        batch = to(batch, self.lvlm.device)
-        prefix, answers = self.encode_prefix(batch), {}
-        if "text" in forms:
-            answers["text"] = self.generate(prefix, batch["text"], **options)
-        if "audio" in forms:
-            audio_tokens = self.hear(batch["mel"], batch["n_frames"])  # (B, A, D)
-            answers["audio"] = self.generate(prefix, batch["audio"], audio_tokens, **options)
+        batch, answers = to(batch, self.lvlm.device), {}
+        with half_precision(self.lvlm.device):
+            prefix = self.encode_prefix(batch)
+            if "text" in forms:
+                answers["text"] = self.generate(prefix, batch["text"], **options)
+            if "audio" in forms:
+                audio_tokens = self.hear(batch["mel"], batch["n_frames"])  # (B, A, D)
+                answers["audio"] = self.generate(prefix, batch["audio"], audio_tokens, **options)
         return answers
 
     # ---- runs on disk ----------------------------------------------------------------------------
@@ -239,7 +258,7 @@ class OLLM(nn.Module):
 
     @classmethod
     def load(cls, run):
-        """Reads a run folder. An LVLM's folder or hub id gives an OLLM without audio parts."""
+        """Reads a run folder, all frozen. An LVLM's folder or hub id gives one without audio."""
         about, base = runs.about(run), runs.base_of(run)
         with at(run):
             if base != run and runs.fingerprint(base) != about["base_fingerprint"]:
@@ -247,7 +266,7 @@ class OLLM(nn.Module):
             lvlm, tokenizer = load_lvlm(base), load_tokenizer(base)
             settings = about["settings"] or lvlm_settings(lvlm)
             if base == run:
-                return cls(lvlm, tokenizer, settings, base)
+                return cls(lvlm, tokenizer, settings, base).requires_grad_(False)
 
             ollm = cls(lvlm, tokenizer, settings, base, *empty_audio_encoder(run))
             weights = load_file(Path(run) / "model.safetensors")
@@ -256,4 +275,4 @@ class OLLM(nn.Module):
             if missing or result.unexpected_keys:
                 raise BadInput(f"the weights do not fit: missing {missing[:3]}, "
                                f"unknown {result.unexpected_keys[:3]}")
-            return ollm
+            return ollm.requires_grad_(False)

@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import data
 from data import IGNORE
-from model import OLLM
+from model import OLLM, half_precision
 from plumbing import runs
 from plumbing.checkpoint import Resumable
 from plumbing.files import BadInput, only_writer, readable_errors
@@ -243,8 +243,7 @@ def forward_backward(model, micro_batches, alpha, temperature, device, world_siz
         # Ranks exchange gradients once a step, with the last micro-batch.
         is_last = i == len(micro_batches) - 1
         with contextlib.nullcontext() if is_last or world_size == 1 else model.no_sync():
-            # On a GPU, matrix products are in bfloat16; weights and loss stay in float32.
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            with half_precision(device):
                 terms = model(batch, alpha, temperature, n_tokens)
             (terms[0] * world_size).backward()
         sums = [total + term.item() for total, term in zip(sums, terms)]
@@ -253,12 +252,8 @@ def forward_backward(model, micro_batches, alpha, temperature, device, world_siz
 
 def train_stage(args, config, out, rank, world_size, device):
     """Trains one stage for one epoch. Leaves a run in the folder `out`."""
-    # Model and data. On a GPU, the frozen LVLM's parameters are kept in half precision. Its buffers
-    # are not: the rotary angles of far positions would be wrong.
-    ollm, stage = start_model(config).to(device), config["stage"]
-    if device.type == "cuda" and stage != "vision-text":
-        for parameter in ollm.lvlm.parameters():
-            parameter.data = parameter.data.bfloat16()
+    # Model and data
+    ollm, stage = start_model(config).place(device), config["stage"]
     epoch = make_epoch(config, ollm, rank, world_size)
     n_steps = min(len(epoch), config["max_steps"] or len(epoch))
 

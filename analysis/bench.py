@@ -46,7 +46,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 import data
 from data import AUDIO_SLOT, IGNORE
 from loss import self_kd_loss
-from model import OLLM
+from model import OLLM, half_precision
 from plumbing import tables
 from plumbing.files import readable_errors
 from real.checkpoints import lvlm_settings, native_config
@@ -164,8 +164,7 @@ RATIOS = {"textbook_kd_over_kd": ("textbook_kd", "kd"),
 
 def step(ollm, optimizer, batch, loss_of, alpha):
     """Takes one step: forward, backward and update, in bfloat16 on a GPU, as in train.py."""
-    device = batch["mel"].device.type
-    with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+    with half_precision(batch["mel"].device):
         loss = loss_of(ollm, batch, alpha)
     loss.backward()
     optimizer.step()
@@ -194,10 +193,7 @@ def build(size, share, device):
 
     ollm = OLLM(lvlm, tokenizer, settings, None, *audio_parts)
     ollm.train_only("vision-audio")
-    ollm.to(device)
-    if device.type == "cuda":  # parameters alone: rotations of far positions need exact buffers
-        for parameter in ollm.lvlm.parameters():
-            parameter.data = parameter.data.to(torch.bfloat16)
+    ollm.place(device)
     trained = [p for p in ollm.parameters() if p.requires_grad]
     return ollm, torch.optim.AdamW(trained, lr=1e-5, fused=True)
 

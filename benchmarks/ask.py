@@ -1,7 +1,7 @@
 """The paper's evaluation: the seven benchmarks, asked in writing and aloud.
 
     python eval.py RUN RUN --bench DIR                       # runs, on those of the seven in DIR
-    python eval.py RUN --bench MME.tsv --speak question      # options and format stay in writing
+    python eval.py RUN --bench MME.tsv --suffix written      # options and format stay in writing
     python eval.py --endpoint URL --model NAME --bench DIR   # any model behind a chat server
 
 Files, prompts and scores are those of scorers.py; here they are asked. Answers are appended to
@@ -43,11 +43,10 @@ def add_arguments(parser):
     """Adds the flags of the benchmarks to eval.py's parser."""
     add = parser.add_argument
     add("--bench", nargs="+", metavar="TSV", help="VLMEvalKit's files, or folders of them")
-    add("--speak", choices=["prompt", "question"], default="prompt",
-        help="what is spoken: the whole prompt, or the question; the rest then follows in writing")
+    add("--suffix", choices=["spoken", "written", "dropped"], help="options and format behind a "
+        "question: said aloud, in writing after the speech, or left out (default: as in training)")
     add("--voice", default=VOICES[0], help="espeak-ng's voice for benchmarks, accent+variant")
     add("--speech", default="runs/speech", help="folder that keeps the benchmarks' speech")
-    add("--batch", type=int, default=8, help="benchmark questions answered at once")
     add("--max-new-tokens", type=int, default=64, help="of an answer, in benchmarks")
     add("--vlmevalkit-tiles", action="store_true",
         help="cut pictures into as many tiles as VLMEvalKit did for InternVL2: 6 to 24")
@@ -71,14 +70,19 @@ def bench_files(paths):
     return files
 
 
-def bench_rows(path, n):
-    """Returns a benchmark's first n rows, each with its "prompt": question and "rest"."""
+def bench_rows(path, n, suffix):
+    """Returns a benchmark's first n rows, each with "prompt": what is written, "aloud" and "after".
+
+    suffix: "spoken", "written" or "dropped", what becomes of options and format behind the question
+    """
     rows, dropped = read_tsv(path)
     if dropped:
         print(f"{path}: {dropped} rows without a picture are left out, as VLMEvalKit does")
     for row in rows:
-        row["question"], row["rest"] = prompt(path.stem, row)
-        row["prompt"] = row["question"] + row["rest"]
+        question, rest = prompt(path.stem, row)
+        row["prompt"] = question if suffix == "dropped" else question + rest
+        row["aloud"] = question + rest if suffix == "spoken" else question
+        row["after"] = rest if suffix == "written" else ""
     return rows[:n]
 
 
@@ -94,10 +98,8 @@ def bench_sample(row, forms, settings, args):
             tiles = tile(sample["image"], settings["max_tiles"], settings["image_size"])
             sample["pixels"] = pixels(tiles)  # (N, 3, H, W)
         if "audio" in forms:
-            aloud, after = row["prompt"], ""
-            if args.speak == "question":
-                aloud, after = row["question"], row["rest"]
-            sample |= {"wave": speech(aloud, args.voice, Path(args.speech)), "after": after}
+            wave = speech(row["aloud"], args.voice, Path(args.speech))  # (samples,)
+            sample |= {"wave": wave, "after": row["after"]}
         return sample
 
 
@@ -124,7 +126,7 @@ def run_subject(run, args):
     understands, "settings" of its tiles, "version" (8 hex digits of its weights), and "answer", a
     function of (samples, forms) that returns {form: [answer, ...]}.
     """
-    ollm, about = OLLM.load(run).to(args.device).eval(), runs.about(run)
+    ollm, about = OLLM.load(run).place(args.device).eval(), runs.about(run)
     settings = dict(ollm.settings)
     if args.max_tiles is not None:
         settings["max_tiles"] = args.max_tiles
@@ -182,7 +184,8 @@ def predict(subject, settings, rows, path, args):
     # Questions of like length share a batch. Batches are the same each time, so an evaluation that
     # was interrupted ends with the same file as one that was not.
     ordered = sorted(rows, key=lambda row: len(row["prompt"]))
-    batches = [ordered[start : start + args.batch] for start in range(0, len(rows), args.batch)]
+    size = args.batch or 8
+    batches = [ordered[start : start + size] for start in range(0, len(rows), size)]
     predictions = read_predictions(path, batches)
 
     for batch in tqdm(batches, desc=str(path), unit="batch"):
@@ -207,13 +210,15 @@ def score_subject(subject, files, args):
     for file in files:
         # The name tells all that answers depend on, so no others are taken for them.
         voice, settings = args.voice.replace("/", "_"), subject["settings"]
-        name = f"{file.stem}-{args.speak}-{voice}-{args.max_new_tokens}tokens"
+        suffix = args.suffix or (settings or {}).get("suffix", "spoken")
+        name = f"{file.stem}-{suffix}-{voice}-{args.max_new_tokens}tokens"
         if settings and args.vlmevalkit_tiles:
             settings = {**settings, "max_tiles": VLMEVALKIT_TILES.get(file.stem, 6)}
         if settings:
             name += f"-{settings['max_tiles']}tiles-{subject['version']}"
 
-        rows, path = bench_rows(file, args.n), subject["folder"] / f"predictions/{name}.jsonl"
+        rows = bench_rows(file, args.n, suffix)
+        path = subject["folder"] / f"predictions/{name}.jsonl"
         with only_writer(path.parent):
             predictions = predict(subject, settings, rows, path, args)
         for form in subject["forms"]:

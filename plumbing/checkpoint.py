@@ -38,7 +38,7 @@ class Resumable:
         save_every  steps between checkpoints
         """
         self.out, self.config, self.trained, self.optimizer = out, config, trained, optimizer
-        self.save_every, self.device = save_every, device
+        self.save_every, self.device, self.save_seconds = save_every, device, 0.0
         self.path = out / "checkpoint.safetensors"
         self.first = self.load() if self.path.exists() else 0
         if all_sum([self.first], device) != [self.first * world_size()]:
@@ -55,10 +55,14 @@ class Resumable:
         for name, p in self.trained.items():
             state = self.optimizer.state[p]
             tensors |= {f"{moment}.{name}": state[moment] for moment in MOMENTS if state}
-        about = json.dumps({"step": step, "config": self.config})
+        about, started = json.dumps({"step": step, "config": self.config}), time.time()
         with at(f"{self.path}: could not be saved, an earlier one is kept"):
             with written_whole(self.path, sync=True) as temporary:
                 save_file(tensors, temporary, metadata={"about": about})
+        if self.save_seconds < 20 <= time.time() - started:
+            print("note: a checkpoint takes over 20 s to write; torchrun kills its processes 30 s "
+                  "after Ctrl-C (docs/reliability.md)")
+        self.save_seconds = max(self.save_seconds, time.time() - started)
 
     def load(self):
         """Puts the checkpoint's weights and moments back; returns how many steps were taken."""
@@ -97,7 +101,8 @@ class Resumable:
         if is_main():
             samples = (done - self.first) * self.config["global_batch"]
             speed = samples / (time.time() - self.started)
-            line = {"step": step, **numbers, "time": {"samples_per_s": speed}}
+            line = {"step": step, **numbers,
+                    "time": {"samples_per_s": speed, "longest_save_s": self.save_seconds}}
             print(json.dumps(line), file=self.log, flush=True)
             text = " ".join(f"{name} {value:.3g}" for name, value in numbers.items())
             self.bar.set_postfix_str(f"{text} {speed:.0f} samples/s", refresh=False)
@@ -109,10 +114,11 @@ class Resumable:
                                     f"steps, saved in {self.out}")
 
     def finish(self):
-        """Drops the checkpoint, once the run itself is saved."""
+        """Drops the checkpoint, once the run itself is saved, and what an earlier run answered."""
         if is_main():
             self.log.close()
-            self.path.unlink(missing_ok=True)
+            for path in (self.path, *self.out.glob("answers-*.jsonl")):
+                path.unlink(missing_ok=True)
 
 
 def open_log(path, first):

@@ -97,7 +97,7 @@ def note_if_cut(run):
 
 def fetch(path):
     """Returns the folder of a model: `path` itself, or the hub's copy, downloaded if need be."""
-    if Path(path).is_dir():
+    if Path(path, "config.json").exists() or Path(path, "ollm.json").exists():
         return Path(path)
     wanted = ["*.json", "*.txt", "model.safetensors", "model-*.safetensors"]  # no code, no pickle
     with at(f"{path}: no such folder, and not from the Hugging Face hub (where there is a network, "

@@ -188,7 +188,8 @@ def load_tokenizer(path):
         else:
             tokenizer = Qwen2Tokenizer.from_pretrained(folder)
         ids = tokenizer.get_vocab()
-        missing = [token for token in SPECIAL_TOKENS if tokenizer(token).input_ids != [ids.get(token)]]
+        missing = [token for token in SPECIAL_TOKENS
+                   if tokenizer(token).input_ids != [ids.get(token)]]
         if missing or tokenizer.pad_token not in SPECIAL_TOKENS:
             raise BadInput(f"it lacks {missing or 'a token for padding'}")
         return tokenizer

@@ -110,8 +110,8 @@ def start(tmp_path_factory):
 def collate(ollm, samples, **options):
     """A batch in the model's precision."""
     batch = data.collate(samples, ollm.tokenizer, ollm.mel_extractor, ollm.settings, **options)
-    for key in ("pixels", "mel"):
-        batch[key] = batch[key] if batch[key] is None else batch[key].to(ollm.projector.weight.dtype)
+    if batch["mel"] is not None:
+        batch["mel"] = batch["mel"].to(ollm.projector.weight.dtype)
     return batch
 
 

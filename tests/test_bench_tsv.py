@@ -143,9 +143,10 @@ def test_whole_batches_are_not_asked_again(place, tmp_path, monkeypatch):
         return {form: [f"{form} {len(batches)}" for _ in samples] for form in forms}
 
     monkeypatch.setattr(ask, "speech", lambda *_: None)
-    args = SimpleNamespace(batch=2, speak="prompt", voice="v", speech="speech")
+    args = SimpleNamespace(batch=2, voice="v", speech="speech")
     subject = {"forms": ("text", "audio"), "answer": answer}
-    rows, path = ask.bench_rows(place / "tsv/TextVQA_VAL.tsv", None), tmp_path / "p.jsonl"
+    rows = ask.bench_rows(place / "tsv/TextVQA_VAL.tsv", None, "spoken")
+    path = tmp_path / "p.jsonl"
     first = ask.predict(subject, None, rows, path, args)
     assert [first[row["index"]]["audio"] for row in rows] == ["audio 1", "audio 1", "audio 2"]
     lines = path.read_text().splitlines(keepends=True)
@@ -199,16 +200,17 @@ def test_tiles(copy, names, flags, tiles):
     assert {path.stem.split("-")[-2] for path in paths} == tiles
 
 
-def test_a_question_alone_is_spoken_and_the_rest_is_read(place, tmp_path):
-    ollm = build_ollm(torch.float32)
-    rows = ask.bench_rows(place / "tsv/DocVQA_VAL.tsv", None)
-    waves = []
-    for part in ("prompt", "question"):
-        args = SimpleNamespace(speak=part, voice=VOICES[0], speech=tmp_path)
-        sample = ask.bench_sample(rows[0], ("text", "audio"), ollm.settings, args)
-        assert sample["question"] == rows[0]["prompt"]
-        waves.append(sample["wave"])
-    assert sample["after"] == rows[0]["rest"] and len(waves[0]) > len(waves[1])
+def test_format_suffixes_are_spoken_written_or_dropped(place, tmp_path):
+    ollm, samples = build_ollm(torch.float32), {}
+    for suffix in ("spoken", "written", "dropped"):
+        rows = ask.bench_rows(place / "tsv/DocVQA_VAL.tsv", None, suffix)
+        args = SimpleNamespace(voice=VOICES[0], speech=tmp_path)
+        samples[suffix] = ask.bench_sample(rows[0], ("text", "audio"), ollm.settings, args)
+    rest = "Answer the question using a single word or phrase."
+    assert {suffix for suffix in samples if rest in samples[suffix]["question"]} == {"spoken", "written"}
+    assert {suffix for suffix in samples if rest in samples[suffix]["after"]} == {"written"}
+    waves = [samples[suffix]["wave"] for suffix in ("spoken", "written", "dropped")]
+    assert len(waves[0]) > len(waves[1]) == len(waves[2])
 
     # The rest stands between the speech and the end of the user's turn.
     sample = {"question": "what is it the circle", "wave": waves[1], "after": "the circle",

@@ -440,7 +440,7 @@ COMMANDS = """
 """
 
 
-@pytest.mark.parametrize("line", map(str.strip, re.split("[;\n]", COMMANDS.strip())))
+@pytest.mark.parametrize("line", re.split(r"[;\n]\s*", COMMANDS.strip()))
 def test_command_lines(place, line):
     """The error names the last argument."""
     words = {"TRAIN": TRAIN, "ALIGN": ALIGN, "PICTURE": ["part/images/000000.png"]}
