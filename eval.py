@@ -59,7 +59,8 @@ def names_what_is_there(sample, answer):
 
     Wrong answers to speech still do, the paper finds (section 2.2).
     """
-    features = {*shapes.COLORS, *shapes.SHAPES} & set(sample["scene"].split())
+    with at(sample["where"]):
+        features = {*shapes.COLORS, *shapes.SHAPES} & set(sample["scene"].split())
     return bool(features & set(answer.lower().split()) - set(sample["question"].split()))
 
 

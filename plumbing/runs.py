@@ -32,8 +32,12 @@ def about(run):
 
     Raises BadInput if it is neither.
     """
+    path = Path(run) / "ollm.json"
     if finished(run):
-        return read_json(Path(run) / "ollm.json")
+        with at(path):
+            about = read_json(path)
+            about["settings"], about["base"], about["training"]["stage"]  # without these, an error
+            return about
     is_hub_id = len(Path(run).parts) == 2 and not Path(run).is_absolute()
     if is_hub_id and not os.path.exists(run) or (Path(run) / "config.json").exists():
         return {"settings": None, "base": None,

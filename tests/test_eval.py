@@ -82,7 +82,7 @@ def test_bootstrap_interval_covers_the_true_difference():
 
 
 def test_a_wrong_answer_that_names_something_of_the_picture():
-    sample = {"question": "what color is the circle", "scene": "a red circle and a blue star"}
+    sample = {"where": "", "question": "what color is the circle", "scene": "a red circle and a blue star"}
     assert names_what_is_there(sample, "the star is blue") and names_what_is_there(sample, "red")
     assert not names_what_is_there(sample, "the circle is green"), "the circle stands in the question already"
     assert not names_what_is_there(sample, "yes there is") and not names_what_is_there(sample, "")
