@@ -157,7 +157,7 @@ def only_writer(folder, patience=120):
     patience: seconds to wait for another writer before BadInput is raised
     """
     folder = Path(folder)
-    with at(f"{folder}: cannot be made or locked (is there a disk that knows locks?)"):
+    with at(f"{folder}: cannot be made or locked (without locks, choose another disk)"):
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / ".lock")
         try:
