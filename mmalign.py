@@ -15,8 +15,8 @@ in the test part beside the other kinds. No spoken question of `vision-audio` as
 the paper does (section 3.2): 300 relations and 300 attributes, two captions in a spoken question.
 The rest is our own, as the paper is silent: which rows (drawn by the seed, no symmetric relation),
 pictures cut to ARO's box, the wording, the true sentence first in exactly half of each kind,
-espeak-ng's held-out voices, and what counts as an answer (`judge`). So its numbers are near the
-paper's, but not of the same test.
+espeak-ng's held-out voices (or --tts mms), and what counts as an answer (`judge`). So its numbers
+are near the paper's, but not of the same test.
 
 An answer is right if it names the true sentence and not the false one. Who picks one of the two
 blindly is right half of the time. With --data, the table also says how many name one at all.

@@ -1,7 +1,6 @@
 """Public data brought to the one format on disk: LLaVA's questions spoken, and ASR corpora.
 
     python data.py llava --annotations llava_v1_5_mix665k.json --images DIR --n 50000 --out DIR
-    python data.py llava ... --suffix written    # "Answer ... using a single word" is not spoken
     python data.py librispeech --root DIR --split train-clean-360 --out DIR
     python data.py commonvoice --tsv cv-corpus/en/validated.tsv --clips cv-corpus/en/clips --out DIR
     python data.py manifest --manifest cuts.jsonl --root DIR --out DIR    # GigaSpeech, your own
@@ -132,7 +131,7 @@ def make_llava(args):
 # ---- speech --------------------------------------------------------------------------------------
 
 # What a voice passes over in silence, without a loss.
-SILENT = re.compile(r"[.,;:?!\"()\[\]{}…“”«»‘—]")
+SILENT = re.compile(r"[.,;:?!\"()\[\]{}…“”«»‘–—]")
 # A number that can be spelled: sign, amount, its whole part, and the plural of 1990s.
 NUMBER = re.compile(r"(?<![\w.])(-?)([$€£¥]?(\d{1,15})(?:\.\d+)?%?)((?<=0)'?s)?(?!\w|\.\d|%)")
 
@@ -168,7 +167,7 @@ def in_words(text):
     spoken = SILENT.sub(" ", NUMBER.sub(spell, spoken))
 
     # A dash between numbers may mean "minus" or "to".
-    unknown = re.findall(r"[^a-z\s'–-]", spoken.lower()) + re.findall(r"\d\s*[-–]\s*\d", text)
+    unknown = re.findall(r"[^a-z\s'-]", spoken.lower()) + re.findall(r"\d\s*[-–]\s*\d", text)
     if unknown or not re.search("[a-z]", spoken.lower()):
         raise BadInput(f"the voice cannot say: {' '.join(unknown) or text}")
     return " ".join(spoken.split())
@@ -251,7 +250,7 @@ def plain_transcript(text):
     tag = re.search("<.*?>", text)
     if tag:
         raise BadInput(f"the transcript has a tag: {tag[0]}")
-    plain = re.sub(r"[-–]|(?<!\w)'(?!\w)", " ", SILENT.sub(" ", text))
+    plain = re.sub(r"-|(?<!\w)'(?!\w)", " ", SILENT.sub(" ", text))
     sign = re.search(r"[^\w\s']|_", plain) or re.search(r"\d[.,:]\d", text)
     if sign:
         raise BadInput(f"the transcript has a sign that is spoken: {sign[0]}")
