@@ -5,9 +5,9 @@ A prepared folder holds `samples.jsonl`, one object a line, and the files that t
     {"id": "7", "image": "images/7.png", "question": "what color is it", "audio": "audio/7.flac",
      "answer": "red"}
 
-`audio` says aloud what `question` says in writing. A line has at least one of the two; one with
-audio alone is speech to transcribe. The image may be missing. Every source is brought to this
-format:
+`audio` says aloud what `question` says in writing; if the question's end follows the speech in
+writing, `after` repeats it. A line has at least one of the two; one with audio alone is speech to
+transcribe. The image may be missing. Every source is brought to this format:
 
     python data.py shapes --seed 0                   # the built-in world (world/make.py)
     python data.py llava --help                      # LLaVA's mix, spoken (real/corpora.py); also:

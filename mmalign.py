@@ -15,15 +15,14 @@ in the test part beside the other kinds. No spoken question of `vision-audio` as
 the paper does (section 3.2): 300 relations and 300 attributes, two captions in a spoken question.
 The rest is our own, as the paper is silent: which rows (drawn by the seed, no symmetric relation),
 pictures cut to ARO's box, the wording, the true sentence first in exactly half of each kind,
-espeak-ng's held-out voices, and what counts as an answer (`judge`). So its numbers are near the
-paper's, but not of the same test.
+espeak-ng's held-out voices (or --tts mms), and what counts as an answer (`judge`). So its numbers
+are near the paper's, but not of the same test.
 
 An answer is right if it names the true sentence and not the false one. Who picks one of the two
 blindly is right half of the time. With --data, the table also says how many name one at all.
 """
 
 import argparse
-import functools
 import random
 import re
 import sys
@@ -31,7 +30,7 @@ from collections import Counter
 from pathlib import Path
 
 import eval
-from plumbing.files import BadInput, at, make_once, read_json, readable_errors
+from plumbing.files import BadInput, at, read_json, readable_errors
 from plumbing.media import HELD_OUT_VOICES, load_image, save_png
 from real import corpora
 from world import shapes
@@ -158,11 +157,12 @@ def crop(images, name, box):
     return image.crop((left, top, right, bottom))
 
 
-def pick_rows(path, kind, images, folder, n, seed):
+def pick_rows(path, kind, images, folder, n, seed, tts="espeak"):
     """Returns (n lines for samples.jsonl, skipped lines) from one of ARO's files.
 
-    A hash of the seed and the row puts the rows in order, and the first n that have a picture are
-    taken. So neither the file's order nor an unusable row changes which others come first.
+    A hash of the seed and the row puts the rows in order, and the first n that have a picture, and
+    that the voice can say, are taken. So neither the file's order nor an unusable row changes which
+    others come first.
     """
     rows, skipped = usable_rows(path, kind)
     lines = []
@@ -171,6 +171,8 @@ def pick_rows(path, kind, images, folder, n, seed):
             break
         (image, box, true, false), name = row, rows[row]
         try:
+            if tts == "mms":
+                corpora.in_words(QUESTION.format(true, false))
             save_png(folder / f"images/{name}.png", crop(images, image, box))
         except BadInput as error:
             skipped.append({"id": name, "skipped": str(error)})
@@ -193,9 +195,9 @@ def pick_rows(path, kind, images, folder, n, seed):
 def build(args):
     """Makes MMAlign from ARO's files: relations and attributes in turn, cut out and spoken."""
     folder, images = Path(args.out), Path(args.images)
-    relations, skipped = pick_rows(args.relation, "relation", images, folder, args.n, args.seed)
-    attributes, also_skipped = pick_rows(args.attribution, "attribute", images, folder, args.n,
-                                         args.seed)
+    draw = images, folder, args.n, args.seed, args.tts
+    relations, skipped = pick_rows(args.relation, "relation", *draw)
+    attributes, also_skipped = pick_rows(args.attribution, "attribute", *draw)
     lines = [line for pair in zip(relations, attributes) for line in pair]
     lines = corpora.speak_all(lines, folder, args, HELD_OUT_VOICES)
     for line in lines:
@@ -224,8 +226,7 @@ def build_arguments(arguments):
 def main():
     if sys.argv[1:2] == ["build"]:
         args = build_arguments(sys.argv[2:])
-        settings = {key: value for key, value in sorted(vars(args).items()) if key != "out"}
-        make_once(args.out, settings, functools.partial(build, args))
+        corpora.prepare(args, build)
     else:
         args = eval.arguments(__doc__).parse_args()
         more = answer_rates if args.data else None

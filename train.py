@@ -34,6 +34,7 @@ from plumbing.checkpoint import Resumable
 from plumbing.files import BadInput, only_writer, readable_errors
 from plumbing.processes import (all_sum, broadcast, close_processes, run_script, set_up_processes,
                                 wait_for_all)
+from plumbing.samples import suffix_of
 from real.checkpoints import load_audio_encoder
 from world.make import make_if_missing
 from world.models import build_audio_encoder, build_lvlm, spread_positions
@@ -213,6 +214,7 @@ def start_model(config):
                        "audio-text run")
     inputs = {key: config[key] for key in ("max_tiles", "audio_seconds")}
     ollm.settings |= {key: value for key, value in inputs.items() if value is not None}
+    ollm.settings["suffix"] = suffix_of(config["data"])  # evaluation asks in the same way
     ollm.train_only(stage)
     return ollm
 

@@ -180,14 +180,17 @@ def only_writer(folder, patience=120):
 def make_once(folder, settings, make):
     """Calls make() as the folder's only writer, unless it is finished already.
 
-    settings: a dict, kept as settings.json; a folder that other settings began is refused
+    settings: a dict, kept as settings.json; a folder in which other settings made files is refused
     """
     folder = Path(folder)
     with only_writer(folder):
         note = folder / "settings.json"
-        if note.exists() and read_json(note) != settings:
-            raise BadInput(f"{note}: the folder was made with {note.read_text().strip()}, not with "
-                           f"{json.dumps(settings)}: choose another --out, or delete it")
+        there = read_json(note) if note.exists() else settings
+        other = [f"{key} {there.get(key)}, not {settings.get(key)}"
+                 for key in {**there, **settings} if there.get(key) != settings.get(key)]
+        if other and [*folder.glob("*/*"), *folder.glob("samples.jsonl")]:
+            raise BadInput(f"{note}: the folder was made with {', '.join(other)}: "
+                           "choose another --out, or delete it")
         write_text(note, json.dumps(settings) + "\n")
         if (folder / "samples.jsonl").exists():
             return print(f"{folder}: there already")

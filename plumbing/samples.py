@@ -5,7 +5,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from plumbing.files import BadInput, at, json_lines
+from plumbing.files import BadInput, at, json_lines, read_json
 from plumbing.media import load_audio, load_image
 from plumbing.processes import workers
 
@@ -21,6 +21,23 @@ def read_samples(folder):
     if not samples:
         raise BadInput(f"{folder}/samples.jsonl: has no sample")
     return samples
+
+
+def suffix_of(folders):
+    """Returns what the folders do with format suffixes: "spoken", "written" or "dropped".
+
+    It stands in their settings.json; folders without that word have none. Raises BadInput if two
+    differ: one model cannot be evaluated in both ways.
+    """
+    suffixes = {}
+    for folder in folders:
+        note = Path(folder) / "settings.json"
+        settings = read_json(note) if note.exists() else {}
+        suffixes.setdefault(settings.get("suffix", "dropped"), folder)
+    if len(suffixes) > 1:
+        each = ", ".join(f"{suffix} in {folder}" for suffix, folder in suffixes.items())
+        raise BadInput(f"the format suffixes are {each}: prepare all folders with one --suffix")
+    return next(iter(suffixes))
 
 
 def check_sample(sample):

@@ -13,6 +13,7 @@ of skipped.jsonl, which says why. An interrupted command goes on where it stoppe
 
 import csv
 import functools
+import hashlib
 import json
 import os
 import random
@@ -31,39 +32,56 @@ from plumbing.media import VOICES, load_audio, load_image, resample, save_sound,
 from plumbing.processes import workers
 from plumbing.runs import fetch
 
-# Format suffixes of LLaVA's mix tell how to write the answer; nobody would say them aloud. A line
-# that begins with one is left out in writing, too, so that teacher and student are asked the same.
-NOT_SPOKEN = re.compile(r"(?im)^\s*(answer the question using a single word or phrase"
-                        r"|answer with the option's letter from the given choices directly"
-                        r"|reference ocr token:|hint:).*$")
-COORDINATES = re.compile(r"\[\s*[01]\.\d")  # a box in the picture
+# Format suffixes of LLaVA's mix are lines that tell how to write the answer: see --suffix.
+SUFFIX = re.compile(r"(?im)^\s*(answer the question using a single word or phrase"
+                    r"|answer with the option's letter from the given choices directly).*$")
+# Help for reading is dropped in any case, for teacher and student: nobody would say it aloud.
+NOT_ASKED = re.compile(r"(?im)^\s*(reference ocr token:|hint:).*$")
+# A box in the picture: told, as [0.12, 0.3 or as four numbers, and asked for.
+COORDINATES = re.compile(r"\[\s*([01]\.\d|\d+(\s*,\s*[\d.]+){3})")
+ASKS_COORDINATES = re.compile(r"(?i)\bbounding box|\bcoordinates?\b")
 LONGEST_QUESTION = 400  # characters; saying more would take longer than Whisper's 30 s
 
 
 # ---- LLaVA's instruction mix ---------------------------------------------------------------------
 
 
-def clean_question(question):
-    """Returns a question on one line, without the <image> mark and format suffixes."""
-    return " ".join(NOT_SPOKEN.sub("", question.replace("<image>", "")).split())
+def split_suffix(question):
+    """Returns a question on one line, without its <image> mark, and its format suffix or ""."""
+    question = NOT_ASKED.sub("", question.replace("<image>", ""))
+    suffixes = [match[0].strip() for match in SUFFIX.finditer(question)]
+    return " ".join(SUFFIX.sub("", question).split()), " ".join(suffixes)
 
 
-def llava_task(row, images):
-    """Returns (question, answer, image path) of a row of the annotations; BadInput if unusable."""
+def llava_task(row, images, suffix="spoken"):
+    """Returns (line, image path) of a row of the annotations; the line has question and answer.
+
+    suffix: "spoken" leaves the format suffix in the question, "written" says in "after" that it is
+    not spoken, "dropped" asks without it. Raises BadInput if the row cannot be used.
+    """
     image, turns = row.get("image"), row["conversations"]
     if not isinstance(image, str):
         raise BadInput("no picture" if image is None else "several pictures")
     if [turn.get("from") for turn in turns[:2]] != ["human", "gpt"]:
         raise BadInput("does not begin with a question and its answer")
-    question, answer = clean_question(turns[0]["value"]), turns[1]["value"].strip()
+    (question, after), answer = split_suffix(turns[0]["value"]), turns[1]["value"].strip()
     if not question or not answer:
         raise BadInput("the question or the answer is empty")
     if COORDINATES.search(question):
         raise BadInput("the question has coordinates, which nobody would say aloud")
-    if len(question) > LONGEST_QUESTION:
+    if ASKS_COORDINATES.search(question) or COORDINATES.search(answer):
+        raise BadInput("the answer is coordinates, which nobody would say aloud")
+
+    # The suffix is a line of its own, as in InternVL2's prompts for the benchmarks.
+    line = {"question": question, "answer": answer}
+    if after and suffix != "dropped":
+        line["question"] += f"\n{after}"
+    if after and suffix == "written":
+        line["after"] = f"\n{after}"
+    if len(spoken_text(line)) > LONGEST_QUESTION:
         raise BadInput(f"the question has more than {LONGEST_QUESTION} characters")
     check_inside(images, image)
-    return question, answer, images / image
+    return line, images / image
 
 
 def check_inside(folder, name):
@@ -73,8 +91,8 @@ def check_inside(folder, name):
 
 
 def take_llava(task, folder):
-    """Worker: makes a line of (id, question, answer, image); its picture is linked or copied."""
-    name, question, answer, image = task
+    """Worker: completes a line of (id, line, image); its picture is linked or copied."""
+    name, line, image = task
     path = folder / "images" / f"{name}{image.suffix.lower()}"
     try:
         load_image(image)  # a broken one shows now, not in the middle of training
@@ -86,8 +104,7 @@ def take_llava(task, folder):
                 os.link(image, temporary)  # takes no disk space
             except OSError:
                 shutil.copyfile(image, temporary)
-    return {"id": name, "image": f"images/{path.name}", "question": question,
-            "audio": f"audio/{name}.flac", "answer": answer}
+    return {"id": name, "image": f"images/{path.name}", "audio": f"audio/{name}.flac", **line}
 
 
 def make_llava(args):
@@ -98,7 +115,7 @@ def make_llava(args):
     for number, row in enumerate(rows):
         name = f"{number:06}"
         try:
-            tasks.append((name, *llava_task(row, Path(args.images))))
+            tasks.append((name, *llava_task(row, Path(args.images), args.suffix)))
         except BadInput as error:
             results.append({"id": name, "skipped": str(error)})
         except (AttributeError, KeyError, TypeError) as error:
@@ -112,6 +129,48 @@ def make_llava(args):
 
 
 # ---- speech --------------------------------------------------------------------------------------
+
+# What a voice passes over in silence, without a loss.
+SILENT = re.compile(r"[.,;:?!\"()\[\]{}…“”«»‘–—]")
+# A number that can be spelled: sign, amount, its whole part, and the plural of 1990s.
+NUMBER = re.compile(r"(?<![\w.])(-?)([$€£¥]?(\d{1,15})(?:\.\d+)?%?)((?<=0)'?s)?(?!\w|\.\d|%)")
+
+
+def spoken_text(line):
+    """Returns what of a line's question is spoken: all but what follows in writing."""
+    return line["question"].removesuffix(line.get("after", ""))
+
+
+def in_words(text):
+    """Returns a text as an English MMS voice can say it, its numbers in words.
+
+    Such a voice has a sound for letters, apostrophes and hyphens, and drops all else without a
+    word. Raises BadInput for a text with more than punctuation beside them.
+    """
+    from transformers.models.speecht5.number_normalizer import EnglishNumberNormalizer
+    convert = EnglishNumberNormalizer().convert
+
+    def spell(match):
+        """Writes one number in words. The normaliser says nothing for zeros at the front."""
+        sign, amount, whole, plural = match.groups()
+        zeros = len(whole) - len(whole.lstrip("0"))
+        words = "minus " * bool(sign) + "zero " * zeros + convert(amount)
+        return re.sub("y$", "ie", words.strip()) + "s" if plural else words
+
+    # Its own search for numbers takes 3,4 for 34, and 1,234,567 and 3.14159 for two numbers each;
+    # it leaves 1990s as it is, and a colon or a comma without a blank would glue two words.
+    spoken = re.sub(r"[’`´]", "'", text)
+    spoken = re.sub(r"(?<![\d,])\d{1,3}(,\d{3})+(?!,?\d)",
+                    lambda match: match[0].replace(",", ""), spoken)  # 1,234,567
+    spoken = re.sub(r"(?<=\d)[,:](?=\d)", " ", spoken)  # 3,4 and 12:30
+    spoken = re.sub(r"\b(1\d|20)([1-9]0'?s)\b", r"\1 \2", spoken)  # nineteen nineties
+    spoken = SILENT.sub(" ", NUMBER.sub(spell, spoken))
+
+    # A dash between numbers may mean "minus" or "to".
+    unknown = re.findall(r"[^a-z\s'-]", spoken.lower()) + re.findall(r"\d\s*[-–]\s*\d", text)
+    if unknown or not re.search("[a-z]", spoken.lower()):
+        raise BadInput(f"the voice cannot say: {' '.join(unknown) or text}")
+    return " ".join(spoken.split())
 
 
 def speak_all(lines, folder, args, voices=VOICES):
@@ -127,7 +186,7 @@ def speak_espeak(line, folder, seed, voices=VOICES):
     """Worker: speaks a line's question with espeak-ng; voice, rate and pitch are the line's own."""
     rng = random.Random(f"{seed}/{line['id']}")
     try:
-        speech = save_speech(folder, line["id"], rng, line["question"], voices, (140, 220))
+        speech = save_speech(folder, line["id"], rng, spoken_text(line), voices, (140, 220))
         return {**line, **speech}
     except BadInput as error:
         return {"id": line["id"], "skipped": str(error)}
@@ -146,13 +205,14 @@ def speak_mms(lines, folder, seed, path="facebook/mms-tts-eng", batch_size=16):
         vits = VitsModel.from_pretrained(voice, use_safetensors=True).eval().to(device)
         tokenizer = VitsTokenizer.from_pretrained(voice)
 
-    # A question without a letter that the voice knows is left out.
-    speakable = []
+    # What the voice would say in part only is left out.
+    speakable, texts = [], {}
     for line in lines:
-        if tokenizer(line["question"]).input_ids[1:]:
+        try:
+            texts[line["id"]] = in_words(spoken_text(line))
             speakable.append(line)
-        else:
-            yield {"id": line["id"], "skipped": "the voice has no sound for any of its letters"}
+        except BadInput as error:
+            yield {"id": line["id"], "skipped": str(error)}
 
     for start in range(0, len(speakable), batch_size):
         batch = speakable[start: start + batch_size]
@@ -160,7 +220,7 @@ def speak_mms(lines, folder, seed, path="facebook/mms-tts-eng", batch_size=16):
             yield from batch
             continue
         torch.manual_seed(seed * 1_000_003 + start)
-        questions = [line["question"] for line in batch]
+        questions = [texts[line["id"]] for line in batch]
         inputs = tokenizer(questions, return_tensors="pt", padding=True).to(device)
         with torch.no_grad():
             out = vits(**inputs)  # waveform (B, samples), the rest of a row is padding
@@ -177,16 +237,37 @@ def speak_mms(lines, folder, seed, path="facebook/mms-tts-eng", batch_size=16):
 # ---- ASR corpora ---------------------------------------------------------------------------------
 # Each function yields tasks (id, recording, transcript), and perhaps start and length in seconds.
 
+TAGS = re.compile(r"(?i)<(comma|period|questionmark|exclamationpoint)>")  # GigaSpeech's punctuation
+
+
+def plain_transcript(text):
+    """Returns a transcript in the one style of all corpora: "it's seven o'clock".
+
+    Lower case, number words as words, no punctuation but apostrophes. Raises BadInput for what is
+    more than punctuation: a tag such as <MUSIC>, or a sign that somebody has spoken as a word.
+    """
+    text = re.sub(r"[’`´]", "'", TAGS.sub(" ", text)).lower()
+    tag = re.search("<.*?>", text)
+    if tag:
+        raise BadInput(f"the transcript has a tag: {tag[0]}")
+    plain = re.sub(r"-|(?<!\w)'(?!\w)", " ", SILENT.sub(" ", text))
+    sign = re.search(r"[^\w\s']|_", plain) or re.search(r"\d[.,:]\d", text)
+    if sign:
+        raise BadInput(f"the transcript has a sign that is spoken: {sign[0]}")
+    if not plain.strip():
+        raise BadInput("the transcript is empty")
+    return " ".join(plain.split())
+
 
 def librispeech_tasks(args):
-    """Yields LibriSpeech by torchaudio's dataset, downloaded if need be; capitals are lowered."""
+    """Yields LibriSpeech by torchaudio's dataset, downloaded if need be."""
     with at(f"LibriSpeech {args.split} is not under {args.root}, and there is no download"):
         Path(args.root).mkdir(parents=True, exist_ok=True)
         corpus = torchaudio.datasets.LIBRISPEECH(args.root, url=args.split, download=True)
     for n in range(len(corpus)):
         path, _, transcript, speaker, chapter, utterance = corpus.get_metadata(n)
         recording = Path(args.root) / "LibriSpeech" / path
-        yield f"{speaker}-{chapter}-{utterance:04}", recording, transcript.lower()
+        yield f"{speaker}-{chapter}-{utterance:04}", recording, transcript
 
 
 def commonvoice_tasks(args):
@@ -199,8 +280,8 @@ def commonvoice_tasks(args):
 def manifest_tasks(args):
     """Yields the rows of a TSV or JSONL: audio (below --root), text, perhaps id, start, seconds.
 
-    A Lhotse cut (GigaSpeech, Libriheavy) becomes such a row by its recording's source, its
-    supervision's text, and its own id, start and duration.
+    A Lhotse cut becomes such a row by its recording's source, its own id, start and duration, and
+    its supervision's text (GigaSpeech) or custom.texts[0] (Libriheavy).
     """
     for i, (where, row) in enumerate(read_table(args.manifest)):
         with at(where):
@@ -229,14 +310,13 @@ def take_clip(task, folder):
     name, recording, transcript, *stretch = task
     path = folder / "audio" / f"{name}.flac"
     try:
+        answer = plain_transcript(transcript)
         with at("the recording cannot be used"):
-            if not transcript.strip():
-                raise BadInput("the transcript is empty")
             if not path.exists():
                 save_sound(path, load_audio(recording, *stretch))
     except BadInput as error:
         return {"id": name, "skipped": str(error)}
-    return {"id": name, "audio": f"audio/{name}.flac", "answer": transcript.strip()}
+    return {"id": name, "audio": f"audio/{name}.flac", "answer": answer}
 
 
 def make_asr(args):
@@ -276,24 +356,38 @@ def write(folder, results):
         print(f"{count:8}  {why}")
 
 
+def prepare(args, make):
+    """Calls make(args) for the folder args.out, unless it is finished already.
+
+    settings.json tells the arguments, and the SHA-256 of the files that list its rows: files in the
+    folder are named by row, and must not be kept under another list's lines.
+    """
+    settings = {key: value for key, value in sorted(vars(args).items())
+                if key != "out" and not callable(value)}
+    for key in ("annotations", "tsv", "manifest", "relation", "attribution"):
+        if key not in settings:
+            continue
+        with open(settings[key], "rb") as file:
+            settings[f"{key}_sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+    make_once(args.out, settings, functools.partial(make, args))
+
+
 def add_commands(commands):
     """Adds the sources' subcommands to data.py."""
     def command(name, help, make, tasks=None):
-        def run(args):
-            settings = {key: value for key, value in sorted(vars(args).items())
-                        if key != "out" and not callable(value)}
-            make_once(args.out, settings, functools.partial(make, args))
-
         sub = commands.add_parser(name, help=help)
         sub.add_argument("--out", required=True, help="the prepared folder")
         sub.add_argument("--n", type=int, help="take so many, drawn by --seed (default: all)")
         sub.add_argument("--seed", type=int, default=0, help="of the draw and the voices")
-        sub.set_defaults(run=run, tasks=tasks)
+        sub.set_defaults(run=lambda args: prepare(args, make), tasks=tasks)
         return sub.add_argument
 
     add = command("llava", "LLaVA's instruction pairs, their questions spoken", make_llava)
     add("--annotations", required=True, help="llava_v1_5_mix665k.json")
     add("--images", required=True, help="the folder that its image paths are relative to")
+    add("--suffix", choices=("spoken", "written", "dropped"), default="spoken",
+        help='"Answer the question using a single word or phrase." and its like: spoken with the '
+             "question, in writing after the speech, or left out")
     add_voice_arguments(add, "mms")
     add = command("librispeech", "LibriSpeech, downloaded if need be", make_asr, librispeech_tasks)
     add("--root", required=True, help="where the corpus lies or goes")
@@ -303,7 +397,8 @@ def add_commands(commands):
     add("--clips", required=True, help="its folder of recordings")
     add = command("manifest", "recordings and transcripts listed in a .jsonl or .tsv", make_asr,
                   manifest_tasks)
-    add("--manifest", required=True, help="lines with audio, text, perhaps id, start, seconds")
+    add("--manifest", required=True, help="lines with audio, text, perhaps id, start, seconds "
+        "(Libriheavy's text is its cuts' supervisions[0].custom.texts[0])")
     add("--root", required=True, help="the folder that its audio paths are relative to")
 
 

@@ -191,6 +191,19 @@ def test_what_was_interrupted_goes_on_and_leaves_the_same_bytes(aro, built, tmp_
     assert "settings.json" in other.stderr and contents(cut) == contents(folder)
 
 
+def test_an_aro_file_that_changed_is_refused_where_another_was_begun(aro, tmp_path):
+    """Pictures and speech are kept by row number: they were put under another file's questions."""
+    rows = json.loads((aro / "relation.json").read_text())
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    changed = command(aro, tmp_path / "out", n=2, relation=tmp_path / "rows.json")
+    assert run_here(*changed, cwd=tmp_path).returncode == 0
+    (tmp_path / "out/samples.jsonl").unlink()
+    (tmp_path / "rows.json").write_text(json.dumps(rows[1:]))
+    again = run_here(*changed, cwd=tmp_path)
+    assert again.returncode == 1 and again.stderr.count("\n") == 1
+    assert "relation_sha256" in again.stderr and not (tmp_path / "out/samples.jsonl").exists()
+
+
 def test_a_draw_is_the_seeds_and_not_the_files_orders(aro, tmp_path):
     rows = [relation_row(i) for i in range(12)]
     questions = {}
@@ -226,9 +239,19 @@ def test_speech_that_asks_in_the_other_order_is_never_kept(aro, tmp_path):
 
 
 def test_mms_can_speak_it(aro, tmp_path):
-    voice = build_vits(tmp_path / "voice")
-    done = run_here(*command(aro, tmp_path / "out", n=2, tts="mms", voice=voice), cwd=tmp_path)
+    """A caption that it cannot say is left out before the draw: it was spoken in part."""
+    rows = [relation_row(i) for i in range(12)]
+    for row in rows[:10]:
+        row["true_caption"] += " & more"
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    voice, options = build_vits(tmp_path / "voice"), {"relation": tmp_path / "rows.json"}
+    done = run_here(*command(aro, tmp_path / "out", n=2, tts="mms", voice=voice, **options),
+                    cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    assert {line["label"] for line in lines(tmp_path / "out/samples.jsonl")} >= {
+        row["true_caption"] for row in rows[10:]}
+    assert all("the voice cannot say: &" in line["skipped"]
+               for line in lines(tmp_path / "out/skipped.jsonl"))
     samples = data.Samples(tmp_path / "out", {"max_tiles": 1, "image_size": 64})
     assert len(samples) == 4
     assert all(len(samples[i]["wave"]) > 1000 and "voice" not in samples[i] for i in range(4))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,9 +17,10 @@ from PIL import Image
 from transformers import VitsConfig, VitsModel, VitsTokenizer
 
 import data
-from plumbing.files import write_json_lines
+from plumbing.files import BadInput, write_json_lines
 from real import corpora
 
+SHORT = "Answer the question using a single word or phrase."
 DIALOGUES = [
     {"id": "1", "image": "coco/a.png", "conversations": [
         {"from": "human", "value": "<image>\nWhat is this?\n"
@@ -77,7 +79,8 @@ def test_llava_rows_are_taken_cleaned_or_left_out_with_a_reason(llava, tmp_path)
     done = run_here(*llava, "--tts", "espeak", "--out", tmp_path / "out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     kept, skipped = lines(tmp_path / "out/samples.jsonl"), lines(tmp_path / "out/skipped.jsonl")
-    assert len(kept) == 42 and kept[0]["question"] == "What is this?" and kept[0]["answer"] == "Cat"
+    assert len(kept) == 42 and kept[0]["answer"] == "Cat"
+    assert kept[0]["question"] == f"What is this?\n{SHORT}" and "after" not in kept[0]
     assert kept[1]["question"] == "How warm is the café, 30 °C?"
     assert kept[1]["answer"] == "Très warm."
     reasons = {row["id"]: row["skipped"] for row in skipped}
@@ -144,7 +147,40 @@ def test_what_was_interrupted_goes_on_and_leaves_the_same_bytes(llava, tmp_path,
     assert again.returncode == 0, again.stderr
     kept = {k: v for k, v in contents(out).items() if not k.endswith(".tmp")}
     assert kept == contents(tmp_path / "whole")
-    assert len(lines(out / "samples.jsonl")) == 42
+    assert len(lines(out / "samples.jsonl")) == (42 if tts == "espeak" else 41), "no MMS for °"
+
+
+@pytest.mark.parametrize("source", ["llava", "manifest", "commonvoice"])
+def test_a_list_that_changed_is_refused_where_another_was_begun(llava, tmp_path, source):
+    """Files are kept by row number: a shorter list had the recordings of other rows."""
+    for i, seconds in enumerate((0.5, 1.0, 1.5)):
+        save_noise(tmp_path / f"{i}.wav", seconds, 16_000)
+    rows = [{"audio": f"{i}.wav", "text": f"clip {letter}"} for i, letter in enumerate("abc")]
+    write_json_lines(tmp_path / "cuts.jsonl", rows)
+    (tmp_path / "cv.tsv").write_text("path\tsentence\n0.wav\ta\n1.wav\tb\n")
+    path, command = {
+        "llava": (tmp_path / "mix.json", [*llava, "--tts", "espeak"]),
+        "manifest": (tmp_path / "cuts.jsonl", ["data.py", "manifest", "--manifest",
+                                               tmp_path / "cuts.jsonl", "--root", tmp_path]),
+        "commonvoice": (tmp_path / "cv.tsv", ["data.py", "commonvoice", "--tsv",
+                                              tmp_path / "cv.tsv", "--clips", tmp_path]),
+    }[source]
+    out = tmp_path / "out"
+    assert run_here(*command, "--out", out, cwd=tmp_path).returncode == 0
+    (out / "samples.jsonl").unlink()  # interrupted
+    before = contents(out)
+
+    text = path.read_text()
+    if source == "llava":
+        path.write_text(json.dumps(json.loads(text)[1:]))
+    else:
+        path.write_text(text.replace(text.splitlines(True)[1], ""))
+    again = run_here(*command, "--out", out, cwd=tmp_path)
+    assert again.returncode == 1 and again.stderr.count("\n") == 1
+    assert "settings.json" in again.stderr and "sha256" in again.stderr
+    assert "choose another --out" in again.stderr and contents(out) == before
+    path.write_text(text)
+    assert run_here(*command, "--out", out, cwd=tmp_path).returncode == 0, "the old list goes on"
 
 
 def save_noise(path, seconds, rate, **options):
@@ -176,14 +212,14 @@ def test_commonvoice(tmp_path):
     save_noise(tmp_path / "clips/common_voice_en_1.mp3", 1.0, 48_000)
     (tmp_path / "validated.tsv").write_text(
         "client_id\tpath\tsentence\tup_votes\n"
-        'abc\tcommon_voice_en_1.mp3\tHe said "no".\t2\n'
+        'abc\tcommon_voice_en_1.mp3\t"He said ""no""."\t2\n'
         "abc\tgone.mp3\tGone.\t2\n")
     done = run_here("data.py", "commonvoice", "--tsv", tmp_path / "validated.tsv",
                     "--clips", tmp_path / "clips", "--out", tmp_path / "cv", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert lines(tmp_path / "cv/samples.jsonl") == [
         {"id": "common_voice_en_1", "audio": "audio/common_voice_en_1.flac",
-         "answer": 'He said "no".'}]
+         "answer": "he said no"}]
     assert "gone.mp3" in lines(tmp_path / "cv/skipped.jsonl")[0]["skipped"]
     wave = data.load_audio(tmp_path / "cv/audio/common_voice_en_1.flac")
     assert len(wave) == pytest.approx(16_000, rel=0.1)  # MP3 pads
@@ -203,28 +239,133 @@ def test_manifests(tmp_path):
     twice = run_here(*command, cwd=tmp_path)
     assert twice.returncode == 1 and twice.stderr.count("\n") == 1 and "x_1" in twice.stderr
 
-    write_json_lines(tmp_path / "cuts.jsonl", [good, part])
+    music = [{"audio": "a.wav", "text": text} for text in ("<MUSIC>", "<NOISE>")]
+    write_json_lines(tmp_path / "cuts.jsonl", [good, part, *music])
     done = run_here(*command, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    assert "2  the transcript has a tag" in done.stdout
     assert lines(tmp_path / "m/samples.jsonl")[0] == {
-        "id": "x_1", "audio": "audio/x_1.flac", "answer": "Ünïcode"}
+        "id": "x_1", "audio": "audio/x_1.flac", "answer": "ünïcode"}
     whole = data.load_audio(tmp_path / "m/audio/x_1.flac")
     part = data.load_audio(tmp_path / "m/audio/00000001.flac")
     assert len(whole) == 8000 and len(part) == 4000
     assert np.corrcoef(whole[2200:5800], part[200:3800])[0, 1] > 0.99
 
 
-@pytest.mark.parametrize("question, spoken", [
-    ("<image>\nIs it red?\nAnswer the question using a single word or phrase.", "Is it red?"),
-    ("Which one?\nA. cat\nB. dog\nAnswer with the option's letter from the given choices directly."
-     "\n<image>", "Which one? A. cat B. dog"),
+LETTER = "Answer with the option's letter from the given choices directly."
+
+
+@pytest.mark.parametrize("question, plain, suffix", [
+    (f"<image>\nIs it red?\n{SHORT}", "Is it red?", SHORT),
+    (f"Which one?\nA. cat\nB. dog\n{LETTER}\n<image>", "Which one? A. cat B. dog", LETTER),
     ("Provide a one-sentence caption.\nReference OCR token: STOP, 5",
-     "Provide a one-sentence caption."),
+     "Provide a one-sentence caption.", ""),
+    (f"What?\nReference OCR token: a\n{SHORT}", "What?", SHORT),
     ("Can you answer the question using a single word?",
-     "Can you answer the question using a single word?"),
+     "Can you answer the question using a single word?", ""),
 ])
-def test_what_nobody_would_say_aloud_is_left_out(question, spoken):
-    assert corpora.clean_question(question) == spoken
+def test_a_format_suffix_is_told_from_the_question(question, plain, suffix):
+    assert corpora.split_suffix(question) == (plain, suffix)
+
+
+def test_the_suffix_is_spoken_written_or_dropped(llava, tmp_path):
+    """It was always dropped: the teacher was not told any more to answer in one word."""
+    waves, first = {}, {}
+    for suffix in ("spoken", "written", "dropped"):
+        out = tmp_path / suffix
+        done = run_here(*llava, "--tts", "espeak", "--suffix", suffix, "--out", out, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert json.loads((out / "settings.json").read_text())["suffix"] == suffix
+        samples = data.Samples(out, {"max_tiles": 1, "image_size": 64})
+        waves[suffix], first[suffix] = samples[0]["wave"], samples.rows[0]
+        assert "after" not in samples.rows[1] and "\n" not in samples.rows[1]["question"]
+    assert first["dropped"]["question"] == "What is this?"
+    assert first["spoken"]["question"] == first["written"]["question"] == f"What is this?\n{SHORT}"
+    assert first["written"]["after"] == f"\n{SHORT}"
+    assert "after" not in first["spoken"] and "after" not in first["dropped"]
+    assert (waves["written"] == waves["dropped"]).all()
+    assert len(waves["spoken"]) > len(waves["dropped"]) + data.SAMPLE_RATE
+
+
+ASK_BOX = "Please provide the bounding box coordinate of the region this sentence describes: a cat."
+
+
+@pytest.mark.parametrize("question, answer, usable", [
+    (ASK_BOX, "[0.12, 0.3, 0.5, 0.77]", False),
+    (ASK_BOX, "On the left.", False),
+    ("Where is the cat?", "[0.12, 0.3, 0.5, 0.77]", False),
+    ("Where is the cat?", "It is at <box>[[12, 40, 80, 200]]</box>.", False),
+    ("Describe the region [0, 0.1, 0.3, 1].", "A cat.", False),
+    ("Is her dress coordinated with the box?", "Yes, [as on page 12].", True),
+])
+def test_rows_about_coordinates_are_left_out(tmp_path, question, answer, usable):
+    """Only coordinates in the question were looked for: an eighth of the rows answer with a box."""
+    (tmp_path / "a.png").touch()
+    row = {"image": "a.png", "conversations": [{"from": "human", "value": f"<image>\n{question}"},
+                                               {"from": "gpt", "value": answer}]}
+    if usable:
+        assert corpora.llava_task(row, tmp_path)[0] == {"question": question, "answer": answer}
+    else:
+        with pytest.raises(BadInput, match="coordinates"):
+            corpora.llava_task(row, tmp_path)
+
+
+@pytest.mark.parametrize("text, spoken", [
+    ("1,234,567", "one million two hundred and thirty four thousand five hundred and sixty seven"),
+    ("3,4", "three four"), ("10,20,300", "ten twenty three hundred"), ("12:30", "twelve thirty"),
+    ("12:05", "twelve zero five"), ("1990s", "nineteen nineties"), ("2000s", "two thousands"),
+    ("$5", "five dollars"), ("$1,200.50", "one thousand two hundred point five zero dollars"),
+    ("20%", "twenty percent"), ("0", "zero"), ("0.5", "zero point five"), ("-5", "minus five"),
+    ("3.14159", "three point one four one five nine"), ("007", "zero zero seven"),
+    ("Is bus 47 later than 12:30?", "Is bus forty seven later than twelve thirty"),
+    ("Isn’t it\n“two,three”?", "Isn't it two three"),
+])
+def test_numbers_are_words_before_mms_speaks(text, spoken):
+    """MMS dropped digits; transformers' normaliser alone says 34 for 3,4 and nothing for 0."""
+    assert corpora.in_words(text) == spoken
+
+
+@pytest.mark.parametrize("text", [
+    "What is 7 + 9? Is bus 47 later than 12:30?", "x = y", "a < b", "R&B", "me@home", "9/11",
+    "30 °", "café", "3D", "10th", "1.2.3", "7 - 9", "7-9", "1" * 40, "a_b", "???"])
+def test_what_mms_cannot_say_is_refused(text):
+    """It was spoken without what the voice does not know: "what is is bus later than"."""
+    with pytest.raises(BadInput, match="the voice cannot say: "):
+        corpora.in_words(text)
+
+
+def test_mms_says_what_is_written_or_leaves_it_out(tmp_path):
+    """The written question keeps its digits; the speech is that of the words."""
+    voice, spoken = build_vits(tmp_path / "voice"), []
+    for i, question in enumerate(("Bus 47?", "bus forty seven")):
+        (tmp_path / str(i)).mkdir()
+        rows = [{"id": "sum", "question": "7 + 9?", "audio": "sum.flac"},
+                {"id": "bus", "question": question + "\nA word.", "audio": "bus.flac",
+                 "after": "\nA word."}]
+        left_out, line = corpora.speak_mms(rows, tmp_path / str(i), 0, voice)
+        assert left_out == {"id": "sum", "skipped": "the voice cannot say: +"} and line == rows[1]
+        spoken.append((tmp_path / str(i) / "bus.flac").read_bytes())
+    assert spoken[0] == spoken[1]
+
+
+@pytest.mark.parametrize("text, transcript", [
+    ("HELLO <COMMA> IT'S TWO <QUESTIONMARK>", "hello it's two"),
+    ("YES <EXCLAMATIONPOINT> NO <PERIOD>", "yes no"), ('"He said ""no""."', "he said no"),
+    ("“Don’t — stop,” she said: twenty-one…", "don't stop she said twenty one"),
+    ("GO DO YOU HEAR", "go do you hear"),
+])
+def test_transcripts_of_all_corpora_have_one_style(text, transcript):
+    """They went in as each corpus writes them, with GigaSpeech's tags as words."""
+    assert corpora.plain_transcript(text) == transcript
+
+
+@pytest.mark.parametrize("text, reason", [
+    ("<MUSIC>", "has a tag"), ("<SIL>", "has a tag"), ("<NOISE>", "has a tag"),
+    ("<OTHER>", "has a tag"), ("rhythm & blues", "has a sign"), ("3.5 miles", "has a sign"),
+    (" <COMMA> ... ", "is empty")])
+def test_transcripts_of_no_words_or_of_signs_are_left_out(text, reason):
+    with pytest.raises(BadInput, match=reason):
+        corpora.plain_transcript(text)
 
 
 def test_several_prepared_folders_are_one_dataset(world):
@@ -251,3 +392,19 @@ def test_a_stage_trains_on_several_folders(world, start, tmp_path):
     config = json.loads((out / "ollm.json").read_text())["training"]
     assert config["data"] == [str(folder) for folder in folders]
     assert f"{40 + 100} samples" in done.stdout
+
+
+def test_a_run_tells_how_its_questions_had_their_suffix(world, start, tmp_path):
+    """Evaluation could not know. Folders that differ are refused, those without a word drop it."""
+    folders = [tmp_path / "spoken", world / "vision-audio"]
+    shutil.copytree(world / "vision-audio", folders[0])
+    (folders[0] / "settings.json").write_text('{"suffix": "spoken"}')
+    command = ("train.py", "--init", start / "audio", "--max-steps", 1, "--device", "cpu", "--data")
+    mixed = run_here(*command, *folders, "--out", tmp_path / "mixed", cwd=tmp_path)
+    assert mixed.returncode == 1 and mixed.stderr.count("\n") == 1 and "--suffix" in mixed.stderr
+    assert f"spoken in {folders[0]}, dropped in {folders[1]}" in mixed.stderr
+    for folder, suffix in zip(folders, ("spoken", "dropped")):
+        out = tmp_path / f"run-{suffix}"
+        done = run_here(*command, folder, "--out", out, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert json.loads((out / "ollm.json").read_text())["settings"]["suffix"] == suffix
