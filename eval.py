@@ -14,6 +14,7 @@ exactly one word of its question's class, the right one, once an exact echo of t
 away. A description counts by F1 over (colour, shape) pairs.
 """
 
+import plumbing  # isort: skip  (before torch: it tells torch's threads how to wait)
 import random
 import re
 import statistics

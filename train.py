@@ -15,6 +15,7 @@ A stage starts from the run of the stage before it, and trains that first if it 
 to runs/<preset>/. After an interruption the same command goes on from the last checkpoint.
 """
 
+import plumbing  # isort: skip  (before torch: it tells torch's threads how to wait)
 import argparse
 import contextlib
 import functools
@@ -214,7 +215,8 @@ def start_model(config):
                        "audio-text run")
     inputs = {key: config[key] for key in ("max_tiles", "audio_seconds")}
     ollm.settings |= {key: value for key, value in inputs.items() if value is not None}
-    ollm.settings["suffix"] = suffix_of(config["data"])  # evaluation asks in the same way
+    if stage == "vision-audio":  # evaluation asks as training did
+        ollm.settings["suffix"] = suffix_of(config["data"])
     ollm.train_only(stage)
     return ollm
 
