@@ -28,7 +28,9 @@ from plumbing import runs
 from plumbing.files import BadInput, at, only_writer, write_json_lines, write_text
 from plumbing.media import MAX_SECONDS, SAMPLE_RATE, VOICES, load_audio, save_sound, speak
 from plumbing.tables import COLORS, blank_figure, paired_bootstrap, print_summaries, save_figure
+from real import corpora
 
+DEFAULT_VOICES = {"espeak": VOICES[0], "mms": "facebook/mms-tts-eng"}
 SPEEDS = (175, 260, 350, 450)  # words a minute: long questions are spoken faster
 VLMEVALKIT_TILES = {"ChartQA_TEST": 12, "DocVQA_VAL": 18, "InfoVQA_VAL": 24}  # others 6 (July 2024)
 
@@ -45,7 +47,8 @@ def add_arguments(parser):
     add("--bench", nargs="+", metavar="TSV", help="VLMEvalKit's files, or folders of them")
     add("--suffix", choices=["spoken", "written", "dropped"], help="options and format behind a "
         "question: said aloud, in writing after the speech, or left out (default: as in training)")
-    add("--voice", default=VOICES[0], help="espeak-ng's voice for benchmarks, accent+variant")
+    add("--tts", choices=list(DEFAULT_VOICES), default="espeak", help="who speaks the benchmarks")
+    add("--voice", help="a voice of espeak-ng, or an MMS model's folder or hub id")
     add("--speech", default="runs/speech", help="folder that keeps the benchmarks' speech")
     add("--max-new-tokens", type=int, default=64, help="of an answer, in benchmarks")
     add("--vlmevalkit-tiles", action="store_true",
@@ -98,22 +101,48 @@ def bench_sample(row, forms, settings, args):
             tiles = tile(sample["image"], settings["max_tiles"], settings["image_size"])
             sample["pixels"] = pixels(tiles)  # (N, 3, H, W)
         if "audio" in forms:
-            wave = speech(row["aloud"], args.voice, Path(args.speech))  # (samples,)
-            sample |= {"wave": wave, "after": row["after"]}
+            sample |= {"wave": speech(row["aloud"], args), "after": row["after"]}  # (samples,)
         return sample
 
 
-def speech(text, voice, folder):
-    """Returns a text spoken by espeak-ng, (samples,); the folder keeps each text and voice."""
-    name = hashlib.sha256(f"{voice}|{text}".encode()).hexdigest()[:32]
-    path = folder / f"{name}.flac"
+def voice_of(args):
+    """Returns who speaks: --voice, or the default of --tts."""
+    return args.voice or DEFAULT_VOICES[args.tts]
+
+
+def speech_path(text, args):
+    """Returns where --speech keeps a text spoken by the voice."""
+    name = hashlib.sha256(f"{voice_of(args)}|{text}".encode()).hexdigest()[:32]
+    return Path(args.speech) / f"{name}.flac"
+
+
+def speech(text, args):
+    """Returns a text spoken, (samples,): from --speech, or by espeak-ng, a long text faster."""
+    path = speech_path(text, args)
     if not path.exists():
+        voice = voice_of(args) if args.tts == "espeak" else VOICES[0]
         for words_per_minute in SPEEDS:
             wave, _ = speak(text, voice, words_per_minute)  # (samples,)
             if len(wave) <= MAX_SECONDS * SAMPLE_RATE:
                 break
         save_sound(path, wave)  # refuses one that is still too long
     return load_audio(path)
+
+
+def speak_mms(rows, args):
+    """Speaks the rows with an MMS voice, as in training, into --speech.
+
+    What that voice cannot say, `speech` has espeak-ng say: a benchmark is asked as a whole.
+    """
+    lines = {}
+    for row in rows:
+        path = speech_path(row["aloud"], args)
+        lines[path.stem] = {"id": path.stem, "question": row["aloud"], "audio": path.name}
+    folder, voice = Path(args.speech), voice_of(args)
+    spoken = corpora.speak_mms(list(lines.values()), folder, seed=0, path=voice)
+    skipped = sum("skipped" in line for line in tqdm(spoken, total=len(lines), desc="speech"))
+    if skipped:
+        print(f"{skipped} of {len(lines)} questions are said by espeak-ng, as MMS cannot")
 
 
 # ---- answers -------------------------------------------------------------------------------------
@@ -209,7 +238,7 @@ def score_subject(subject, files, args):
     results = {form: {} for form in subject["forms"]}
     for file in files:
         # The name tells all that answers depend on, so no others are taken for them.
-        voice, settings = args.voice.replace("/", "_"), subject["settings"]
+        voice, settings = voice_of(args).replace("/", "_"), subject["settings"]
         suffix = args.suffix or (settings or {}).get("suffix", "spoken")
         name = f"{file.stem}-{suffix}-{voice}-{args.max_new_tokens}tokens"
         if settings and args.vlmevalkit_tiles:
@@ -218,6 +247,8 @@ def score_subject(subject, files, args):
             name += f"-{settings['max_tiles']}tiles-{subject['version']}"
 
         rows = bench_rows(file, args.n, suffix)
+        if args.tts == "mms" and "audio" in subject["forms"]:
+            speak_mms(rows, args)
         path = subject["folder"] / f"predictions/{name}.jsonl"
         with only_writer(path.parent):
             predictions = predict(subject, settings, rows, path, args)
