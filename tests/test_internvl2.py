@@ -23,6 +23,7 @@ import true_size
 from conftest import FIXTURES, ROOT, build_internvl2, build_whisper, run_here, run_script
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from test_bench_tsv import write_benchmarks
 from transformers import WhisperForConditionalGeneration
 
 import data
@@ -303,3 +304,13 @@ def test_two_steps_of_each_stage_at_true_size(world, tmp_path):
     seconds = [round(1 / line["time"]["samples_per_s"], 1) for line in log]
     print(f"peak memory {peak:.1f} GB, seconds a step: {seconds}")
     assert peak < 20
+
+    # Two rows of each benchmark, in writing and aloud.
+    (tmp_path / "tsv").mkdir()
+    write_benchmarks(tmp_path / "tsv")
+    began = time.time()
+    done = run_script("eval.py", out, "--bench", "tsv", "--n", 2, "--max-new-tokens", 2, "--batch", 2,
+                      "--device", "cpu", cwd=tmp_path, timeout=900)
+    assert done.returncode == 0 and "InfoVQA" in done.stdout, done.stderr
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
+    print(f"evaluation of 12 questions: {time.time() - began:.0f} s, peak memory {peak:.1f} GB")
