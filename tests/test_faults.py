@@ -90,6 +90,7 @@ def test_two_processes_compute_the_same_steps_as_one(options, undisturbed, tmp_p
         torch.testing.assert_close(value, states[1][key], rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_answering_by_itself_is_the_same_on_two_processes(options, tmp_path):
     options = [*options, "--on-policy", 0.5]
     one = run_here(FLOAT64, *options, "--out", tmp_path / "one", cwd=tmp_path)
@@ -136,6 +137,7 @@ def first_step(folder):
     save_file({**gradients, "loss": torch.tensor(loss)}, Path(folder) / f"{world_size}-{rank}")
 
 
+@pytest.mark.slow
 def test_first_loss_and_gradient_in_float32(options, tmp_path):
     script = tmp_path / "first.py"
     script.write_text(f"import sys\nsys.path[:0] = {[str(ROOT), str(ROOT / 'tests')]}\n"
@@ -203,6 +205,7 @@ def test_two_nodes_on_one_machine(options, undisturbed, tmp_path):
     same_steps(tmp_path / "run", undisturbed)
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_the_checkpoint_before(options, tmp_path):
     out = tmp_path / "run"
     process = begin(*options, "--save-every", 4, "--out", out, cwd=tmp_path)
