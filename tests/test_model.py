@@ -191,6 +191,24 @@ def test_a_model_that_says_the_padding_token_goes_on():
     assert ollm.generate(prefix, batch["text"]) == ["red", "red"]
 
 
+def test_the_precision_of_a_gpu_gives_about_the_same_loss(monkeypatch):
+    """bfloat16 products and a frozen LVLM in bfloat16, here on a CPU: no dtype meets another."""
+    ollm = build_ollm(torch.float32, max_tiles=3)
+    samples = make_samples(ollm)
+    batch = collate(ollm, samples)
+    exact = ollm(batch, alpha=0.75)[0]
+    monkeypatch.setattr("model.half_precision", lambda device: torch.autocast("cpu", torch.bfloat16))
+    for parameter in ollm.lvlm.parameters():
+        parameter.data = parameter.data.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = ollm(batch, alpha=0.75)[0]
+    loss.backward()
+    assert loss.dtype == ollm.projector.weight.grad.dtype == torch.float32
+    torch.testing.assert_close(loss, exact, rtol=0.1, atol=0)
+    answers = ollm.answer(samples, max_new_tokens=4)
+    assert len(answers["text"]) == len(answers["audio"]) == 4
+
+
 @pytest.mark.parametrize("limit, ends", [(48, True), (2, False)])
 def test_an_answer_of_its_own_is_scored_as_by_two_full_passes(limit, ends):
     """On-policy: what the student says is collated again. One cut at the limit gets no end mark."""
