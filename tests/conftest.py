@@ -28,7 +28,8 @@ from world.models import build_audio_encoder, build_lvlm
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: minutes and gigabytes; run only when asked for, by `-m slow`")
+    config.addinivalue_line("markers",
+                            "slow: minutes and gigabytes; run only when asked for, by `-m slow`")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -37,14 +38,15 @@ def pytest_collection_modifyitems(config, items):
 
 
 def run_script(*arguments, cwd, processes=0, timeout=170, largest_file=None):
-    """Runs one of the project's scripts as a user would; returns the finished process with its texts.
+    """Runs a script of the project as a user would; returns the finished process with its texts.
 
     processes: start so many by torchrun; largest_file: bytes, beyond which writing fails as on a
     full disk
     """
     launcher = [sys.executable]
     if processes:
-        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
+                     str(processes)]
     command = launcher + [str(ROOT / arguments[0]), *map(str, arguments[1:])]
     limit = largest_file and (
         lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file)))
@@ -76,8 +78,8 @@ def run_here(script, *arguments, cwd):
 def world(tmp_path_factory):
     """A prepared built-in world of a few dozen samples: a folder with the four parts."""
     folder = tmp_path_factory.mktemp("world")
-    made = run_script("data.py", "shapes", "--seed", 3, "--out", folder, "--scenes", 12, "--clips", 40, "--n", 100,
-                      "--test", 32, cwd=folder)
+    made = run_script("data.py", "shapes", "--seed", 3, "--out", folder, "--scenes", 12,
+                      "--clips", 40, "--n", 100, "--test", 32, cwd=folder)
     assert made.returncode == 0, made.stderr
     return folder
 
@@ -116,17 +118,17 @@ def collate(ollm, samples, **options):
 
 
 def build_internvl2(folder):
-    """A tiny InternVL2 in OpenGVLab's layout: the fixture's weights and a byte-pair tokenizer of its 200 ids."""
+    """A tiny InternVL2 in OpenGVLab's layout: the fixture's weights, a tokenizer of its 200 ids."""
     folder = folder / "internvl2"
     shutil.copytree(FIXTURES / "internvl2_tiny_a", folder)
     special = json.loads((folder / "fixture.json").read_text())["special_token_ids"]
-    letters = [chr(i) for i in range(33, 127)] + ["\u0120", "\u010a"]  # byte-pair names of a space and a new line
+    letters = [chr(i) for i in range(33, 127)] + ["\u0120", "\u010a"]  # byte-pair space and newline
     words = letters + [f"\u0120{c}{d}" for c in "abcdefgh" for d in "aeiourstnlm,"]
     vocabulary = {word: i for i, word in enumerate(words[:min(special.values())])}
     (folder / "vocab.json").write_text(json.dumps(vocabulary))
     (folder / "merges.txt").write_text("#version: 0.2\n")
-    tokens = {str(i): {"content": t, "lstrip": False, "rstrip": False, "normalized": False, "single_word": False,
-                       "special": True} for t, i in special.items()}
+    tokens = {str(i): {"content": t, "lstrip": False, "rstrip": False, "normalized": False,
+                       "single_word": False, "special": True} for t, i in special.items()}
     (folder / "tokenizer_config.json").write_text(json.dumps(
         {"added_tokens_decoder": tokens, "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>",
          "tokenizer_class": "Qwen2Tokenizer", "model_max_length": 8192}))
@@ -136,10 +138,11 @@ def build_internvl2(folder):
 def build_whisper(folder):
     """A tiny Whisper with decoder and large-v3's 128 mel bins, as transformers saves it."""
     torch.manual_seed(0)
-    config = WhisperConfig(num_mel_bins=128, d_model=32, encoder_layers=2, encoder_attention_heads=2,
-                           encoder_ffn_dim=64, decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=64,
-                           vocab_size=100, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
-                           init_std=0.1)
+    config = WhisperConfig(num_mel_bins=128, d_model=32, encoder_layers=2,
+                           encoder_attention_heads=2, encoder_ffn_dim=64, decoder_layers=1,
+                           decoder_attention_heads=2, decoder_ffn_dim=64, vocab_size=100,
+                           pad_token_id=0, bos_token_id=1, eos_token_id=2,
+                           decoder_start_token_id=1, init_std=0.1)
     WhisperForConditionalGeneration(config).save_pretrained(folder)
     WhisperFeatureExtractor(feature_size=128).save_pretrained(folder)
     return folder

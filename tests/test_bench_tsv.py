@@ -208,7 +208,8 @@ def test_format_suffixes_are_spoken_written_or_dropped(place, tmp_path):
         args = SimpleNamespace(tts="espeak", voice=VOICES[0], speech=tmp_path)
         samples[suffix] = ask.bench_sample(rows[0], ("text", "audio"), ollm.settings, args)
     rest = "Answer the question using a single word or phrase."
-    assert {suffix for suffix in samples if rest in samples[suffix]["question"]} == {"spoken", "written"}
+    assert {suffix for suffix in samples
+            if rest in samples[suffix]["question"]} == {"spoken", "written"}
     assert {suffix for suffix in samples if rest in samples[suffix]["after"]} == {"written"}
     waves = [samples[suffix]["wave"] for suffix in ("spoken", "written", "dropped")]
     assert len(waves[0]) > len(waves[1]) == len(waves[2])

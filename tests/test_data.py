@@ -1,4 +1,4 @@
-"""The on-disk format: written the same from the same seed, restartable, read with clear errors, collated right."""
+"""The on-disk format: reproducible, restartable, read with clear errors, collated right."""
 
 import hashlib
 import json
@@ -25,12 +25,13 @@ SETTINGS = {"image_size": 64, "max_tiles": 1}
 def digest(folder):
     """A hash over the names and bytes of all files of a folder."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in files}
 
 
 def make(folder, seed=3, n=100):
-    return run_here("data.py", "shapes", "--seed", seed, "--out", folder, "--scenes", 12, "--clips", 40, "--n", n,
-                      "--test", 32, cwd=folder.parent)
+    return run_here("data.py", "shapes", "--seed", seed, "--out", folder, "--scenes", 12,
+                    "--clips", 40, "--n", n, "--test", 32, cwd=folder.parent)
 
 
 def test_same_seed_same_bytes_and_restart(world, tmp_path):
@@ -43,7 +44,8 @@ def test_same_seed_same_bytes_and_restart(world, tmp_path):
     kept = (again / "audio-text/audio/000008.flac").stat().st_mtime_ns
     assert make(again).returncode == 0
     assert digest(again) == digest(world)
-    assert (again / "audio-text/audio/000008.flac").stat().st_mtime_ns == kept, "what exists is kept"
+    assert (again / "audio-text/audio/000008.flac").stat().st_mtime_ns == kept, (
+        "what exists is kept")
 
 
 def test_another_seed_is_another_world_and_may_not_mix(world, tmp_path):
@@ -51,7 +53,8 @@ def test_another_seed_is_another_world_and_may_not_mix(world, tmp_path):
     assert make(other, seed=4).returncode == 0
     assert digest(other)["test/samples.jsonl"] != digest(world)["test/samples.jsonl"]
     mixed = make(other, seed=5)
-    assert mixed.returncode == 1 and mixed.stderr.count("\n") == 1 and "settings.json" in mixed.stderr
+    assert (mixed.returncode == 1 and mixed.stderr.count("\n") == 1
+            and "settings.json" in mixed.stderr)
 
 
 def test_scenes_and_voices_of_the_test_part_are_held_out(world):
@@ -59,14 +62,16 @@ def test_scenes_and_voices_of_the_test_part_are_held_out(world):
     seen = {repr(shapes.draw_scene(rng, held_out=False)) for _ in range(3000)}
     held = {repr(shapes.draw_scene(rng, held_out=True)) for _ in range(3000)}
     assert not seen & held
-    voices = {part: {row["voice"] for row in data.read_samples(world / part)} for part in ("audio-text", "test")}
+    voices = {part: {row["voice"] for row in data.read_samples(world / part)}
+              for part in ("audio-text", "test")}
     assert not voices["audio-text"] & voices["test"] and len(voices["test"]) > 3
 
 
 def test_label_noise_spoils_about_its_share_and_only_of_training(world):
     rng, kinds = random.Random(0), shapes.KINDS
     for noise in (0.0, 0.25, 1.0):
-        rows = [shapes.draw_question(rng, shapes.draw_scene(rng, False), kinds, noise) for _ in range(1500)]
+        rows = [shapes.draw_question(rng, shapes.draw_scene(rng, False), kinds, noise)
+                for _ in range(1500)]
         wrong = sum(row["label"] not in row["answer"] for row in rows) / len(rows)
         assert abs(wrong - noise) < 0.04, (noise, wrong)
     assert all(row["label"] in row["answer"] for row in data.read_samples(world / "test"))
@@ -75,7 +80,8 @@ def test_label_noise_spoils_about_its_share_and_only_of_training(world):
 def test_every_word_is_known_and_every_label_is_in_its_class():
     ollm, rng = build_ollm(torch.float32), random.Random(0)
     for _ in range(500):
-        row = shapes.draw_question(rng, shapes.draw_scene(rng, False), shapes.KINDS + shapes.ALIGN_KINDS)
+        row = shapes.draw_question(rng, shapes.draw_scene(rng, False),
+                                   shapes.KINDS + shapes.ALIGN_KINDS)
         ids = ollm.tokenizer([row["question"], row["answer"]]).input_ids
         assert ollm.tokenizer.unk_token_id not in sum(ids, [])
         assert row["label"] in shapes.CLASSES.get(row["kind"], (row["label"],))
@@ -86,12 +92,14 @@ def test_speech_is_audible_finite_and_of_a_plausible_length():
     assert rate == 16_000 and wave.dtype == np.float32 and 0.6 < len(wave) / rate < 3
     assert np.isfinite(wave).all() and 0.05 < np.abs(wave).max() <= 1
     data.speak("is there a red star", HELD_OUT_VOICES[0])
-    assert np.array_equal(data.speak("what color is the circle")[0], wave), "whatever was said before"
+    assert np.array_equal(data.speak("what color is the circle")[0], wave), (
+        "whatever was said before")
     slow = data.speak("what color is the circle", words_per_minute=100)[0]
     assert len(slow) > 1.3 * len(wave)
 
 
-@pytest.mark.parametrize("rate, suffix, channels", [(8_000, "wav", 1), (44_100, "flac", 2), (48_000, "ogg", 1)])
+@pytest.mark.parametrize("rate, suffix, channels", [(8_000, "wav", 1), (44_100, "flac", 2),
+                                                    (48_000, "ogg", 1)])
 def test_audio_of_any_rate_and_format_is_brought_to_16_khz_mono(tmp_path, rate, suffix, channels):
     seconds = np.arange(rate) / rate
     tone = np.repeat(0.5 * np.sin(2 * np.pi * 440 * seconds)[:, None], channels, axis=1)
@@ -107,7 +115,8 @@ def test_tiles():
     assert [t.size for t in data.tile(image, 6)] == [(448, 448)] * 3, "2 x 1 and a thumbnail"
     assert len(data.tile(image, 1)) == 1 and len(data.tile(image, 6, thumbnail=False)) == 2
     values = data.normalize(data.pixels([Image.new("RGB", (4, 4), (255, 0, 0))]))
-    torch.testing.assert_close(values[0, :, 0, 0], torch.tensor([(1 - 0.485) / 0.229, -0.456 / 0.224, -0.406 / 0.225]))
+    torch.testing.assert_close(values[0, :, 0, 0],
+                               torch.tensor([(1 - 0.485) / 0.229, -0.456 / 0.224, -0.406 / 0.225]))
 
 
 @pytest.fixture
@@ -128,10 +137,12 @@ def test_collate_puts_both_questions_into_one_slot(world):
         decoded = ollm.tokenizer.decode(written)
         assert row["question"] in decoded and decoded.endswith(row["answer"] + " <|im_end|>")
         turn = f"<|im_end|><|im_start|>assistant\n{row['answer']}<|im_end|>"
-        after = [ids.tolist() for ids in (written[len(ollm.tokenizer(row["question"]).input_ids):],
-                                          audio["ids"][b][audio["mask"][b]][data.audio_tokens(row["wave"]):])]
+        after = [ids.tolist()
+                 for ids in (written[len(ollm.tokenizer(row["question"]).input_ids):],
+                             audio["ids"][b][audio["mask"][b]][data.audio_tokens(row["wave"]):])]
         assert after[0] == after[1] == ollm.tokenizer(turn).input_ids
-        assert (audio["ids"][b] == AUDIO_SLOT).sum() == data.audio_tokens(row["wave"]) == batch["n_frames"][b] / 4
+        assert ((audio["ids"][b] == AUDIO_SLOT).sum() == data.audio_tokens(row["wave"])
+                == batch["n_frames"][b] / 4)
         supervised = [s["labels"][b][s["labels"][b] != IGNORE] for s in (text, audio)]
         assert torch.equal(*supervised)
         assert ollm.tokenizer.decode(supervised[0]) == row["answer"] + " <|im_end|>"
@@ -140,17 +151,19 @@ def test_collate_puts_both_questions_into_one_slot(world):
 def test_spread_positions_keep_their_order_and_leave_the_answer_whole():
     positions = spread_positions(seed=0)
     spread = [positions({"id": str(i)}, 6, 10) for i in range(300)]
-    assert all(a < b for row in spread for a, b in zip(row, row[1:])) and all(len(row) == 10 for row in spread)
+    assert (all(a < b for row in spread for a, b in zip(row, row[1:]))
+            and all(len(row) == 10 for row in spread))
     assert all(row[6:] == list(range(row[6], row[6] + 4)) for row in spread)
     plain = sum(row == list(range(10)) for row in spread) / 300
     assert 0.3 < plain < 0.55 and 20 < max(row[6] for row in spread) <= 24
-    assert spread[7] == spread_positions(seed=0)({"id": "7"}, 6, 10), "a function of seed and sample"
+    assert spread[7] == spread_positions(seed=0)({"id": "7"}, 6, 10), (
+        "a function of seed and sample")
 
 
 @pytest.mark.parametrize("line", [
     '{"id": "x", "answer": "red"', '["red"]', '{"id": "x", "question": "what", "answer": 3}',
-    '{"id": "x", "question": " ", "answer": "red"}', '{"id": "x", "question": "what", "answer": ""}',
-    '{"id": "x", "answer": "red"}', "",
+    '{"id": "x", "question": " ", "answer": "red"}',
+    '{"id": "x", "question": "what", "answer": ""}', '{"id": "x", "answer": "red"}', "",
     '{"id": "x", "question": "what", "answer": "red", "image": "../../secret.png"}',
     '{"id": "x", "question": "what", "answer": "red", "image": "/etc/secret.png"}'])
 def test_a_wrong_line_is_named(folder, line):
@@ -170,7 +183,8 @@ def test_a_wrong_line_is_named(folder, line):
     lambda f: (f / "audio/000002.flac").write_bytes(b"not a sound"),
     lambda f: soundfile.write(f / "audio/000002.flac", np.zeros(0), 16_000),
     lambda f: soundfile.write(f / "audio/000002.flac", np.zeros(31 * 16_000), 16_000),
-    lambda f: soundfile.write(f / "audio/000002.flac", np.full(9_000, np.nan), 16_000, format="WAV", subtype="FLOAT"),
+    lambda f: soundfile.write(f / "audio/000002.flac", np.full(9_000, np.nan), 16_000,
+                              format="WAV", subtype="FLOAT"),
 ])
 def test_a_broken_file_is_named_with_its_line(folder, spoil):
     spoil(folder)
@@ -178,20 +192,24 @@ def test_a_broken_file_is_named_with_its_line(folder, spoil):
     samples[1]
     with pytest.raises(BadInput) as error:
         samples[2]
-    assert "samples.jsonl:3:" in str(error.value) and "000002" in str(error.value) and "\n" not in str(error.value)
+    assert ("samples.jsonl:3:" in str(error.value) and "000002" in str(error.value)
+            and "\n" not in str(error.value))
 
 
 def test_an_unwritable_place_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     made = run_here("data.py", "shapes", "--out", tmp_path / "file" / "world", cwd=tmp_path)
-    assert made.returncode == 1 and made.stderr.startswith("error: ") and made.stderr.count("\n") == 1
+    assert (made.returncode == 1 and made.stderr.startswith("error: ")
+            and made.stderr.count("\n") == 1)
 
 
 def test_unknown_values_are_refused(tmp_path):
-    for arguments in (["shapes", "--parts", "none"], ["speak", ""], ["speak", "red", "--out", "a.mp3"],
-                      ["speak", "red", "--voice", "martian"], ["tea"]):
+    for arguments in (["shapes", "--parts", "none"], ["speak", ""],
+                      ["speak", "red", "--out", "a.mp3"], ["speak", "red", "--voice", "martian"],
+                      ["tea"]):
         made = run_here("data.py", *arguments, cwd=tmp_path)
-        assert made.returncode != 0 and "Traceback" not in made.stderr and made.stderr.strip(), arguments
+        assert (made.returncode != 0 and "Traceback" not in made.stderr
+                and made.stderr.strip()), arguments
     assert not list(tmp_path.iterdir()), "nothing half-made is left"
 
 

@@ -21,8 +21,8 @@ def score_answer(row, answer):
 @pytest.fixture(scope="module")
 def rows():
     rng = random.Random(0)
-    drawn = (shapes.draw_question(rng, shapes.draw_scene(rng, True), shapes.KINDS + shapes.ALIGN_KINDS)
-             for _ in range(1200))
+    drawn = (shapes.draw_question(rng, shapes.draw_scene(rng, True),
+                                  shapes.KINDS + shapes.ALIGN_KINDS) for _ in range(1200))
     return list(drawn)
 
 
@@ -35,9 +35,11 @@ def test_every_wording_of_the_right_answer_is_right(rows):
 
 
 def test_listing_everything_scores_nothing(rows):
-    everything = " ".join([*shapes.COLORS, *shapes.SHAPES, *shapes.NUMBERS, *shapes.PLACES, "yes no"])
+    everything = " ".join([*shapes.COLORS, *shapes.SHAPES, *shapes.NUMBERS, *shapes.PLACES,
+                           "yes no"])
     pairs = " and ".join(f"a {c} {s}" for c in shapes.COLORS for s in shapes.SHAPES)
-    assert mean(rows, lambda row: f"{everything} {pairs} {row.get('false', '')} {row['label']}") == 0
+    assert mean(rows,
+                lambda row: f"{everything} {pairs} {row.get('false', '')} {row['label']}") == 0
 
 
 def test_echo_and_silence_score_nothing(rows):
@@ -56,14 +58,16 @@ def test_always_yes_scores_the_base_rate(rows):
 
 
 def test_descriptions_count_by_f1():
-    row = {"kind": "description", "question": "what do you see", "label": "a red circle and a blue star"}
+    row = {"kind": "description", "question": "what do you see",
+           "label": "a red circle and a blue star"}
     assert score_answer(row, "i see a red circle") == pytest.approx(2 * 1 / 3)
     assert score_answer(row, "a blue star and a red circle") == 1
     assert score_answer(row, "a blue circle and a red star") == 0
 
 
 def test_mmalign_wants_the_true_sentence_and_not_the_false_one():
-    row = {"kind": "relation", "question": "which is right a star above a circle or a circle above a star",
+    row = {"kind": "relation",
+           "question": "which is right a star above a circle or a circle above a star",
            "label": "a star above a circle", "false": "a circle above a star"}
     assert score_answer(row, "it is a star above a circle") == 1
     assert score_answer(row, "a circle above a star") == 0
@@ -82,7 +86,9 @@ def test_bootstrap_interval_covers_the_true_difference():
 
 
 def test_a_wrong_answer_that_names_something_of_the_picture():
-    sample = {"where": "", "question": "what color is the circle", "scene": "a red circle and a blue star"}
+    sample = {"where": "", "question": "what color is the circle",
+              "scene": "a red circle and a blue star"}
     assert names_what_is_there(sample, "the star is blue") and names_what_is_there(sample, "red")
-    assert not names_what_is_there(sample, "the circle is green"), "the circle stands in the question already"
+    assert not names_what_is_there(sample, "the circle is green"), (
+        "the circle stands in the question already")
     assert not names_what_is_there(sample, "yes there is") and not names_what_is_there(sample, "")

@@ -12,7 +12,8 @@ import pytest
 from conftest import ROOT
 
 MISTAKES = {  # what a student might write instead
-    "self_kd_loss": ("(teacher.exp() * (teacher - student))", "(student.exp() * (student - teacher))"),
+    "self_kd_loss": ("(teacher.exp() * (teacher - student))",
+                     "(student.exp() * (student - teacher))"),
     "hear": ("x.unflatten(1, (-1, 2)).mean(2)", "x[:, ::2]"),
     "continue_prefix": ("prefix_mask.sum(1, keepdim=True) +", "prefix_mask.size(1) +"),
     "answer_logits": ("hidden[:, :-1][is_answer]", "hidden[:, 1:][is_answer]"),
@@ -20,7 +21,8 @@ MISTAKES = {  # what a student might write instead
     "collate": ("slot + tail + answer for", "slot + answer for"),
     "tile": ("distance < best or (distance == best and is_large)", "distance < best"),
     "learning_rate": ("(step - warmup) / max(1, steps - warmup)", "step / steps"),
-    "forward_backward": ("model(batch, alpha, temperature, n_tokens)", "model(batch, alpha, temperature)"),
+    "forward_backward": ("model(batch, alpha, temperature, n_tokens)",
+                         "model(batch, alpha, temperature)"),
     "paired_bootstrap": ("0.025", "0.25"),
 }
 ROWS = re.findall(r"(?m)^\| `(\w+)` in `([\w/.]+)` \| .* \| `python (-m pytest .*)` \|$",
@@ -41,7 +43,8 @@ def test_every_function_has_a_mistake():
 
 
 CASES = [pytest.param(row, change, id=f"{row[0]}, {change}",
-                      marks=[] if (row[0], change) == ("self_kd_loss", "mistake") else pytest.mark.slow)
+                      marks=([] if (row[0], change) == ("self_kd_loss", "mistake")
+                             else pytest.mark.slow))
          for row in ROWS for change in ("empty", "mistake", "as it is")]
 
 
@@ -49,7 +52,8 @@ CASES = [pytest.param(row, change, id=f"{row[0]}, {change}",
 def test_a_grader_fails_unless_the_function_is_right(row, change, tmp_path):
     name, file, command = row
     tree = tmp_path / "tree"
-    shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".git", "runs", "__pycache__", "assets"))
+    shutil.copytree(ROOT, tree,
+                    ignore=shutil.ignore_patterns(".git", "runs", "__pycache__", "assets"))
     source = (tree / file).read_text()
     if change == "empty":
         source = emptied(source, name)
@@ -59,5 +63,6 @@ def test_a_grader_fails_unless_the_function_is_right(row, change, tmp_path):
     (tree / file).write_text(source)
     words = [sys.executable, *shlex.split(command), "-q", "-x", "-p", "no:cacheprovider"]
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run(words, cwd=tree, env=environment, capture_output=True, text=True, timeout=170)
+    done = subprocess.run(words, cwd=tree, env=environment, capture_output=True, text=True,
+                          timeout=170)
     assert done.returncode == (0 if change == "as it is" else 1), done.stdout[-2000:]

@@ -1,4 +1,4 @@
-"""Nothing lost: locks, signals, dead processes, full disks, and runs that go on with another number of processes."""
+"""Nothing lost: locks, signals, dead processes, full disks, and another number of processes."""
 
 import contextlib
 import functools
@@ -26,9 +26,10 @@ from plumbing.processes import set_up_processes
 
 def begin(*arguments, cwd, torchrun=()):
     """Starts train.py (in double precision) on as many processes as torchrun is told."""
-    launcher = [sys.executable, *(["-m", "torch.distributed.run", *map(str, torchrun)] if torchrun else [])]
-    return subprocess.Popen([*launcher, str(ROOT / FLOAT64), *map(str, arguments)], cwd=cwd, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    launcher = [sys.executable,
+                *(["-m", "torch.distributed.run", *map(str, torchrun)] if torchrun else [])]
+    return subprocess.Popen([*launcher, str(ROOT / FLOAT64), *map(str, arguments)], cwd=cwd,
+                            text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def wait_for(path, process, seconds=60):
@@ -45,7 +46,8 @@ def our_processes(out):
     for place in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # ended meanwhile
             if str(out) in (place / "cmdline").read_text():
-                found[int(place.name)] = int((place / "stat").read_text().rpartition(")")[2].split()[1])
+                found[int(place.name)] = int(
+                    (place / "stat").read_text().rpartition(")")[2].split()[1])
     return found
 
 
@@ -57,14 +59,16 @@ def free_port():
 
 @pytest.fixture(scope="module")
 def options(start, world, tmp_path_factory):
-    """20 steps of AdamW in float64 of five samples, the last of one: then one of two processes is idle.
+    """20 steps of AdamW in float64 of five samples, the last of one: one of two processes is idle.
 
     Every fifth answer is far longer than the others, and so one process's share of the tokens.
     """
     folder = tmp_path_factory.mktemp("ragged") / "vision-audio"
     folder.mkdir()
-    rows = list(map(json.loads, (world / "vision-audio/samples.jsonl").read_text().splitlines()))[:96]
-    rows = [{**row, "answer": " ".join([row["answer"]] * (1 if i % 5 else 20))} for i, row in enumerate(rows)]
+    rows = list(map(json.loads,
+                    (world / "vision-audio/samples.jsonl").read_text().splitlines()))[:96]
+    rows = [{**row, "answer": " ".join([row["answer"]] * (1 if i % 5 else 20))}
+            for i, row in enumerate(rows)]
     (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for name in ("images", "audio"):
         (folder / name).symlink_to(world / "vision-audio" / name)
@@ -101,9 +105,10 @@ def test_answering_by_itself_is_the_same_on_two_processes(options, tmp_path):
     assert 4 < len(alone) < 16, "about half of the steps have no label"
 
 
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes as Linux lists them")
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(),
+                    reason="looks for processes as Linux lists them")
 def test_torchrun_is_killed_and_one_process_goes_on(options, undisturbed, tmp_path):
-    """Two processes, SIGKILL to torchrun alone; its workers notice; then the rest on one process: the same steps."""
+    """Two processes, SIGKILL to torchrun alone; workers notice; the rest on one: the same steps."""
     out = tmp_path / "run"
     process = begin(*options, "--save-every", 4, "--out", out, cwd=tmp_path,
                     torchrun=("--standalone", "--nproc_per_node", 2))
@@ -115,13 +120,15 @@ def test_torchrun_is_killed_and_one_process_goes_on(options, undisturbed, tmp_pa
         time.sleep(0.1)
     assert not our_processes(out) and not (out / "ollm.json").exists()
     other = run_here(FLOAT64, *options, "--alpha", 0, "--out", out, cwd=tmp_path)
-    assert other.returncode == 1 and "another training (alpha is 0.75 there and 0.0 here)" in other.stderr
+    assert (other.returncode == 1
+            and "another training (alpha is 0.75 there and 0.0 here)" in other.stderr)
     again = run_here(FLOAT64, *options, "--out", out, cwd=tmp_path)
     assert again.returncode == 0 and "going on after step" in again.stdout, again.stderr
     same_steps(out, undisturbed)
     assert sorted(path.name for path in out.glob("*.safetensors")) == ["model.safetensors"]
     other = run_here(FLOAT64, *options, "--lr", 1e-4, "--out", out, cwd=tmp_path)
-    assert other.returncode == 1 and "finished run of another training (lr is 0.001 there" in other.stderr
+    assert (other.returncode == 1
+            and "finished run of another training (lr is 0.001 there" in other.stderr)
 
 
 def first_step(folder):
@@ -152,7 +159,8 @@ def test_first_loss_and_gradient_in_float32(options, tmp_path):
             assert torch.dist(value, state[name]) <= 1e-5 * value.norm(), name
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", [signal.SIGINT,
+                                    pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_signal_stops_after_the_step_and_saves_it(number, options, undisturbed, tmp_path):
     out = tmp_path / "run"
     process = begin(*options, "--out", out, cwd=tmp_path)
@@ -162,22 +170,26 @@ def test_a_signal_stops_after_the_step_and_saves_it(number, options, undisturbed
     process.send_signal(number)
     _, errors = process.communicate(timeout=30)
     last = errors.splitlines()[-1]
-    assert process.returncode == 130 and last.startswith("interrupted: vision-audio stands at"), errors
+    assert (process.returncode == 130
+            and last.startswith("interrupted: vision-audio stands at")), errors
     assert "Traceback" not in errors and f"saved in {out}" in last and "same command" in last
     assert f"stands at {len(losses(out))} of 20 steps" in last
     again = run_here(FLOAT64, *options, "--out", out, cwd=tmp_path)
     assert again.returncode == 0 and f"going on after step {last.split()[4]}\n" in again.stdout
-    assert (out / "model.safetensors").read_bytes() == (undisturbed / "model.safetensors").read_bytes()
+    assert ((out / "model.safetensors").read_bytes()
+            == (undisturbed / "model.safetensors").read_bytes())
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes as Linux lists them")
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(),
+                    reason="looks for processes as Linux lists them")
 def test_a_dead_rank_ends_the_job_or_is_started_again(options, undisturbed, tmp_path):
-    """Without --max-restarts: one readable error within a minute; with it: on from the last checkpoint."""
+    """Without --max-restarts: a readable error within a minute; with it: on from the checkpoint."""
     for restarts in (0, 1):
         out = tmp_path / f"run{restarts}"
         process = begin(*options, "--save-every", 4, "--out", out, cwd=tmp_path,
-                        torchrun=("--standalone", "--nproc_per_node", 2, "--max-restarts", restarts))
+                        torchrun=("--standalone", "--nproc_per_node", 2,
+                                  "--max-restarts", restarts))
         wait_for(out / "checkpoint.safetensors", process)
         workers = [pid for pid, parent in our_processes(out).items() if parent == process.pid]
         assert len(workers) == 2
@@ -188,7 +200,8 @@ def test_a_dead_rank_ends_the_job_or_is_started_again(options, undisturbed, tmp_
             assert process.returncode == 0 and "going on after step" in printed, errors
             same_steps(out, undisturbed)
         else:
-            ours = [line for line in errors.splitlines() if line.startswith(("error:", "interrupted"))]
+            ours = [line for line in errors.splitlines()
+                    if line.startswith(("error:", "interrupted"))]
             print(errors)
             assert process.returncode != 0 and time.time() - began < 60 and len(ours) <= 1, errors
             assert not (out / "ollm.json").exists() and (out / "checkpoint.safetensors").exists()
@@ -198,7 +211,8 @@ def test_a_dead_rank_ends_the_job_or_is_started_again(options, undisturbed, tmp_
 def test_two_nodes_on_one_machine(options, undisturbed, tmp_path):
     torchrun = ("--nnodes", 2, "--nproc_per_node", 1, "--rdzv_backend", "c10d", "--rdzv_endpoint",
                 f"127.0.0.1:{free_port()}")
-    nodes = [begin(*options, "--out", tmp_path / "run", cwd=tmp_path, torchrun=torchrun) for _ in range(2)]
+    nodes = [begin(*options, "--out", tmp_path / "run", cwd=tmp_path, torchrun=torchrun)
+             for _ in range(2)]
     for node in nodes:
         printed, errors = node.communicate(timeout=150)
         assert node.returncode == 0, errors
@@ -213,14 +227,15 @@ def test_a_full_disk_keeps_the_checkpoint_before(options, tmp_path):
     process.kill()
     process.communicate()
     before = (out / "checkpoint.safetensors").read_bytes()
-    full = run_script(FLOAT64, *options, "--save-every", 1, "--out", out, cwd=tmp_path, largest_file=300_000)
+    full = run_script(FLOAT64, *options, "--save-every", 1, "--out", out, cwd=tmp_path,
+                      largest_file=300_000)
     assert full.returncode == 1 and "checkpoint.safetensors: could not be saved" in full.stderr
     assert "Traceback" not in full.stderr
     assert (out / "checkpoint.safetensors").read_bytes() == before and not list(out.glob(".*.tmp"))
 
 
 def test_what_has_had_no_gradient_yet_goes_on_as_exactly(tmp_path):
-    """Text alone leaves the vision encoder without gradient: AdamW then has fewer steps of it, or none."""
+    """Text alone leaves the vision encoder no gradient: AdamW has fewer steps of it, or none."""
     def start():
         torch.manual_seed(0)
         layers = {name: torch.nn.Parameter(torch.randn(3)) for name in ("often", "seldom", "never")}
@@ -228,7 +243,8 @@ def test_what_has_had_no_gradient_yet_goes_on_as_exactly(tmp_path):
 
     def step(layers, optimizer, i):
         optimizer.zero_grad()
-        (layers["often"].square().sum() + (layers["seldom"].square().sum() if i % 3 == 1 else 0)).backward()
+        (layers["often"].square().sum()
+         + (layers["seldom"].square().sum() if i % 3 == 1 else 0)).backward()
         optimizer.step()
 
     def resumable(layers, optimizer):
@@ -246,10 +262,11 @@ def test_what_has_had_no_gradient_yet_goes_on_as_exactly(tmp_path):
 
 
 def test_one_writer_a_folder_and_its_lock_dies_with_it(tmp_path):
-    holder = subprocess.Popen([sys.executable, "-c", "import sys, time\nfrom plumbing.files import only_writer\n"
+    holder = subprocess.Popen([sys.executable, "-c",
+                               "import sys, time\nfrom plumbing.files import only_writer\n"
                                "with only_writer(sys.argv[1]):\n"
-                               " print('held', flush=True)\n time.sleep(60)", str(tmp_path / "run")], cwd=ROOT,
-                              stdout=subprocess.PIPE)
+                               " print('held', flush=True)\n time.sleep(60)",
+                               str(tmp_path / "run")], cwd=ROOT, stdout=subprocess.PIPE)
     assert holder.stdout.readline() == b"held\n"
     (tmp_path / "run/.model.safetensors.7.tmp").write_text("half")
     with pytest.raises(BadInput, match="run: "), only_writer(tmp_path / "run", 0.3):
@@ -257,7 +274,8 @@ def test_one_writer_a_folder_and_its_lock_dies_with_it(tmp_path):
     holder.kill()
     holder.wait()
     with only_writer(tmp_path / "run", 0):
-        assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"], "what was half done is removed"
+        assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"], (
+            "what was half done is removed")
 
 
 def test_a_file_is_whole_or_as_it_was(tmp_path):
@@ -274,10 +292,12 @@ def test_a_file_is_whole_or_as_it_was(tmp_path):
 
 def test_a_worker_that_is_killed_is_an_error_and_no_hang(tmp_path):
     program = ("import os\nfrom plumbing.files import readable_errors\n"
-               "from plumbing.processes import workers\nwith readable_errors(), workers() as pool:\n"
-               " list(pool.map(os._exit, [1, 1]))")
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 1 and done.stderr.startswith("error: ") and "was killed" in done.stderr
+               "from plumbing.processes import workers\n"
+               "with readable_errors(), workers() as pool:\n list(pool.map(os._exit, [1, 1]))")
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True,
+                          timeout=60)
+    assert (done.returncode == 1 and done.stderr.startswith("error: ")
+            and "was killed" in done.stderr)
     assert done.stderr.count("\n") == 1
 
 
@@ -298,8 +318,9 @@ def refuse():
     raise BadInput("samples.jsonl:3: the image is broken")
 
 
-@pytest.mark.parametrize("fail, message", [(refuse, "error: samples.jsonl:3: the image is broken"),
-                                           (functools.partial(os._exit, 1), "error: DataLoader worker")])
+@pytest.mark.parametrize("fail, message", [
+    (refuse, "error: samples.jsonl:3: the image is broken"),
+    (functools.partial(os._exit, 1), "error: DataLoader worker")])
 def test_what_goes_wrong_where_data_is_read_ahead_is_one_line(fail, message):
     loader = torch.utils.data.DataLoader(Spoilt(fail), batch_size=None, num_workers=1)
     with pytest.raises(SystemExit) as exit, readable_errors():

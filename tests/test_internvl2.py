@@ -309,8 +309,8 @@ def test_two_steps_of_each_stage_at_true_size(world, tmp_path):
     (tmp_path / "tsv").mkdir()
     write_benchmarks(tmp_path / "tsv")
     began = time.time()
-    done = run_script("eval.py", out, "--bench", "tsv", "--n", 2, "--max-new-tokens", 2, "--batch", 2,
-                      "--device", "cpu", cwd=tmp_path, timeout=900)
+    done = run_script("eval.py", out, "--bench", "tsv", "--n", 2, "--max-new-tokens", 2,
+                      "--batch", 2, "--device", "cpu", cwd=tmp_path, timeout=900)
     assert done.returncode == 0 and "InfoVQA" in done.stdout, done.stderr
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
     print(f"evaluation of 12 questions: {time.time() - began:.0f} s, peak memory {peak:.1f} GB")

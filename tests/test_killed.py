@@ -1,6 +1,6 @@
-"""Runs killed by SIGKILL in every place and started again leave the very bytes that an undisturbed one leaves.
+"""Runs killed by SIGKILL in any place and started again leave the very bytes of an undisturbed one.
 
-    python -m pytest -m slow -s tests/test_killed.py        # 20 kills, some ten minutes on two cores, and a table
+    python -m pytest -m slow -s tests/test_killed.py  # 20 kills, ten minutes on two cores, a table
 """
 
 import hashlib
@@ -16,20 +16,21 @@ import pytest
 from conftest import ROOT, run_script, save_runs
 from test_bench_tsv import picture, write_tsv
 
-TRAINING = ("train.py", "--init", "audio", "--data", "data/vision-audio", "--out", "run", "--save-every", 2,
-            "--global-batch", 4, "--device", "cpu")
-PLACES = {  # what is killed: command, processes of torchrun, the folder that it writes, and what shows that it does
-    "data preparation": (("data.py", "shapes", "--out", "made", "--scenes", 80, "--clips", 200, "--n", 100, "--test",
-                          40), 0, "made", "made/vision-text/images/000001.png"),
+TRAINING = ("train.py", "--init", "audio", "--data", "data/vision-audio", "--out", "run",
+            "--save-every", 2, "--global-batch", 4, "--device", "cpu")
+PLACES = {  # what is killed: command, processes of torchrun, the folder it writes, what shows it
+    "data preparation": (("data.py", "shapes", "--out", "made", "--scenes", 80, "--clips", 200,
+                          "--n", 100, "--test", 40), 0, "made",
+                         "made/vision-text/images/000001.png"),
     "a step": (TRAINING, 0, "run", "run/log.jsonl"),
     "a step of two processes": (TRAINING, 2, "run", "run/log.jsonl"),
     "saving a checkpoint": (TRAINING, 0, "run", "run/.checkpoint.safetensors.*.tmp"),
     "saving the run": (TRAINING, 0, "run", "run/.saving.tmp"),
-    "evaluation": (("eval.py", "audio", "--bench", "DocVQA_VAL.tsv", "--batch", 2, "--max-new-tokens", 12), 0,
-                   "audio/predictions", "audio/predictions/*.jsonl"),
+    "evaluation": (("eval.py", "audio", "--bench", "DocVQA_VAL.tsv", "--batch", 2,
+                    "--max-new-tokens", 12), 0, "audio/predictions", "audio/predictions/*.jsonl"),
 }
-KILLS = [("data preparation", 4), ("a step", 4), ("a step of two processes", 4), ("saving a checkpoint", 3),
-         ("saving the run", 1), ("evaluation", 4)]
+KILLS = [("data preparation", 4), ("a step", 4), ("a step of two processes", 4),
+         ("saving a checkpoint", 3), ("saving the run", 1), ("evaluation", 4)]
 
 
 @pytest.fixture(scope="module")
@@ -38,14 +39,15 @@ def start(world, tmp_path_factory):
     folder = tmp_path_factory.mktemp("start")
     shutil.copytree(world, folder / "data")
     save_runs(folder)
-    write_tsv(folder / "DocVQA_VAL.tsv", [{"index": i, "image": picture((i, 9 * i, 0)), "answer": "circle",
-                                           "question": "what is it? " * (i % 5 + 1)} for i in range(24)])
+    write_tsv(folder / "DocVQA_VAL.tsv", [
+        {"index": i, "image": picture((i, 9 * i, 0)), "answer": "circle",
+         "question": "what is it? " * (i % 5 + 1)} for i in range(24)])
     return folder
 
 
 @pytest.fixture(scope="module")
 def undisturbed(start, tmp_path_factory):
-    """A function: (files, seconds from the first sign of writing to the end) of a place's command left alone."""
+    """A function: (files, seconds from first writing to end) of a place's command left alone."""
     known = {}
 
     def of(place):
@@ -67,7 +69,8 @@ def begin(command, processes, folder):
     """Starts a command as a user would."""
     launcher = [sys.executable]
     if processes:
-        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
+                     str(processes)]
     return subprocess.Popen(launcher + [str(ROOT / command[0]), *map(str, command[1:])], cwd=folder,
                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
@@ -87,13 +90,14 @@ def files(folder):
             content = path.read_bytes()
             if path.name == "log.jsonl":
                 lines = [json.loads(line) for line in content.splitlines()]
-                content = repr([{k: v for k, v in line.items() if k != "time"} for line in lines]).encode()
+                content = repr([{k: v for k, v in line.items() if k != "time"}
+                                for line in lines]).encode()
             found[str(path.relative_to(folder))] = hashlib.sha256(content).hexdigest()
     return found
 
 
 def kill_once(place, number, expected, seconds, start, folder, rng):
-    """Kills the command at a random moment, or in the middle of a save; whether that hit it where it should."""
+    """Kills the command at a random moment, or amid a save; whether that hit it where it should."""
     command, processes, written, sign = PLACES[place]
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(start, folder)
@@ -105,22 +109,26 @@ def kill_once(place, number, expected, seconds, start, folder, rng):
     if not place.startswith("saving"):
         time.sleep(rng.uniform(0, seconds))
     process.kill()  # torchrun alone: its workers have to notice
-    hit = any(folder.glob(sign)) if place.startswith("saving") else files(folder / written) != expected
+    hit = (any(folder.glob(sign)) if place.startswith("saving")
+           else files(folder / written) != expected)
     return process.wait() == -signal.SIGKILL and hit
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("place, number", [(place, i) for place, count in KILLS for i in range(count)])
+@pytest.mark.parametrize("place, number",
+                         [(place, i) for place, count in KILLS for i in range(count)])
 def test_killed_and_started_again_is_undisturbed(place, number, start, undisturbed, tmp_path):
     (expected, seconds), rng = undisturbed(place), random.Random(f"{place}/{number}")
     command, processes, written, _ = PLACES[place]
     folder = tmp_path / "killed"
-    tries = next(i for i in range(1, 40) if kill_once(place, number, expected, seconds, start, folder, rng))
+    tries = next(i for i in range(1, 40)
+                 if kill_once(place, number, expected, seconds, start, folder, rng))
     left = f"{len(files(folder / written))} of {len(expected)} files"
     left += "".join(f", {path.name[:9]}: {len(path.read_text().splitlines())} lines"
                     for path in (folder / written).glob("*.jsonl"))
     again = run_script(*command, cwd=folder, processes=processes)
     assert again.returncode == 0, again.stderr
     found = files(folder / written)
-    print(f"\n| {place} | {number} | {left} | try {tries} | {'equal' if found == expected else 'DIFFERENT'} |")
+    print(f"\n| {place} | {number} | {left} | try {tries} "
+          f"| {'equal' if found == expected else 'DIFFERENT'} |")
     assert found == expected

@@ -13,7 +13,8 @@ N, V = 7, 50
 @pytest.fixture
 def logits():
     generator = torch.Generator().manual_seed(0)
-    student, teacher = (3 * torch.randn(N, V, generator=generator, dtype=torch.float64) for _ in range(2))
+    student, teacher = (3 * torch.randn(N, V, generator=generator, dtype=torch.float64)
+                        for _ in range(2))
     return student.requires_grad_(), teacher, torch.randint(V, (N,), generator=generator)
 
 
@@ -35,7 +36,8 @@ def test_textbook(logits, alpha, temperature):
     ours = self_kd_loss(student, teacher, labels, alpha, temperature)
     theirs = textbook(student, teacher, labels, alpha, temperature)
     torch.testing.assert_close(torch.stack(ours), torch.stack(theirs), rtol=1e-12, atol=0)
-    gradients = [torch.autograd.grad(terms[0], student, retain_graph=True)[0] for terms in (ours, theirs)]
+    gradients = [torch.autograd.grad(terms[0], student, retain_graph=True)[0]
+                 for terms in (ours, theirs)]
     torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-14)
 
 
@@ -50,7 +52,8 @@ def test_kl_is_exactly_zero_when_student_equals_teacher(logits, dtype):
 def test_alpha_0_is_cross_entropy_and_needs_no_teacher(logits):
     student, _, labels = logits
     loss, kl, ce = self_kd_loss(student, None, labels, alpha=0.0)
-    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(student, labels), rtol=1e-12, atol=0)
+    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(student, labels),
+                               rtol=1e-12, atol=0)
     assert loss == ce and kl == 0
 
 
@@ -63,7 +66,8 @@ def test_alpha_1_does_not_look_at_the_labels(logits):
 def test_parts_of_a_batch_add_up(logits):
     student, teacher, labels = logits
     whole = self_kd_loss(student, teacher, labels, 0.75)[0]
-    parts = [self_kd_loss(student[a:b], teacher[a:b], labels[a:b], 0.75, n_tokens=N)[0] for a, b in ((0, 2), (2, 7))]
+    parts = [self_kd_loss(student[a:b], teacher[a:b], labels[a:b], 0.75, n_tokens=N)[0]
+             for a, b in ((0, 2), (2, 7))]
     torch.testing.assert_close(sum(parts), whole, rtol=1e-12, atol=0)
 
 
@@ -75,7 +79,8 @@ def test_no_answer_token_gives_no_gradient_but_a_graph(logits):
 
 def test_half_precision_logits_are_raised_to_float32(logits):
     student, teacher, labels = logits
-    assert self_kd_loss(student.bfloat16(), teacher.bfloat16(), labels, 0.5)[0].dtype == torch.float32
+    assert (self_kd_loss(student.bfloat16(), teacher.bfloat16(), labels, 0.5)[0].dtype
+            == torch.float32)
 
 
 def test_alpha_outside_its_range_is_refused(logits):

@@ -1,4 +1,4 @@
-"""The shared prefix, the paired forward, listening, generation and runs on disk, against plain references."""
+"""The shared prefix, paired forward, listening, generation and runs on disk, against references."""
 
 import json
 import os
@@ -17,9 +17,10 @@ from loss import self_kd_loss
 from model import OLLM
 from plumbing.files import BadInput
 
-QUESTIONS = ("what color is the circle", "is there a red star", "tell me what the picture shows", "count the things")
+QUESTIONS = ("what color is the circle", "is there a red star",
+             "tell me what the picture shows", "count the things")
 ANSWERS = ("red", "yes there is", "a red circle and a blue star", "two")
-SIZES = ((64, 64), (64, 192), (200, 64), (128, 64))  # with up to three tiles: 1, 4, 4 and 3 with thumbnail
+SIZES = ((64, 64), (64, 192), (200, 64), (128, 64))  # up to three tiles: 1, 4, 4, 3 with thumbnail
 
 
 def make_samples(ollm, n=4, seed=0):
@@ -30,7 +31,8 @@ def make_samples(ollm, n=4, seed=0):
         image = Image.fromarray(rng.integers(0, 255, (*SIZES[i][::-1], 3), dtype=np.uint8))
         samples.append({
             "id": str(i), "question": QUESTIONS[i], "answer": ANSWERS[i],
-            "pixels": data.pixels(data.tile(image, ollm.settings["max_tiles"], ollm.settings["image_size"])),
+            "pixels": data.pixels(data.tile(image, ollm.settings["max_tiles"],
+                                            ollm.settings["image_size"])),
             "wave": data.speak(QUESTIONS[i])[0][: 9000 + 777 * i]})
     return samples
 
@@ -39,7 +41,8 @@ def textbook_loss(ollm, samples, alpha):
     """Self-KD by two full passes of the native model a sample: no cache, no padding."""
     batches = [collate(ollm, [sample]) for sample in samples]
     counts = [int((batch["audio"]["labels"] != IGNORE).sum()) for batch in batches]
-    return sum(n * bench.textbook(ollm, batch, alpha) for n, batch in zip(counts, batches)) / sum(counts)
+    return (sum(n * bench.textbook(ollm, batch, alpha) for n, batch in zip(counts, batches))
+            / sum(counts))
 
 
 @pytest.mark.parametrize("max_tiles", [1, 3])
@@ -47,7 +50,8 @@ def textbook_loss(ollm, samples, alpha):
 def test_shared_prefix_equals_two_full_passes(max_tiles, alpha):
     ollm = build_ollm(max_tiles=max_tiles)
     samples = make_samples(ollm)
-    assert len({len(s["pixels"]) for s in samples}) == (1 if max_tiles == 1 else 3), "the batch must be ragged"
+    assert len({len(s["pixels"]) for s in samples}) == (1 if max_tiles == 1 else 3), (
+        "the batch must be ragged")
     trained = [p for p in ollm.parameters() if p.requires_grad]
     ours = ollm(collate(ollm, samples), alpha)[0]
     theirs = textbook_loss(ollm, samples, alpha)
@@ -89,7 +93,8 @@ def test_last_prompt_position_predicts_a_one_token_answer(monkeypatch):
         student[0, position] += torch.randn(hidden.size(-1), dtype=hidden.dtype)
         return student
 
-    assert loss(moved(first - 1)) != loss(hidden), "the last prompt position predicts the first token"
+    assert loss(moved(first - 1)) != loss(hidden), (
+        "the last prompt position predicts the first token")
     assert loss(moved(first)) != loss(hidden), "the answer's last word predicts <|im_end|>"
     assert loss(moved(first - 2)) == loss(moved(first + 1)) == loss(hidden)
 
@@ -109,12 +114,14 @@ def test_different_answers_for_teacher_and_student_are_refused():
         ollm(batch, alpha=0.75)
 
 
-@pytest.mark.parametrize("stage, trained", [("vision-text", "lvlm."), ("audio-text", ("audio_encoder.", "projector.")),
+@pytest.mark.parametrize("stage, trained", [("vision-text", "lvlm."),
+                                            ("audio-text", ("audio_encoder.", "projector.")),
                                             ("vision-audio", ("audio_encoder.", "projector."))])
 def test_only_the_stage_s_parameters_move(stage, trained):
     ollm = build_ollm(torch.float32)
     ollm.train_only(stage)
-    samples = [{k: v for k, v in s.items() if stage != "vision-text" or k != "wave"} for s in make_samples(ollm)]
+    samples = [{k: v for k, v in s.items() if stage != "vision-text" or k != "wave"}
+               for s in make_samples(ollm)]
     before = {name: p.detach().clone() for name, p in ollm.named_parameters()}
     optimizer = torch.optim.AdamW([p for p in ollm.parameters() if p.requires_grad], lr=1e-2)
     ollm(collate(ollm, samples), alpha=0.0)[0].backward()
@@ -122,20 +129,23 @@ def test_only_the_stage_s_parameters_move(stage, trained):
     for name, parameter in ollm.named_parameters():
         should_move = name.startswith(trained) and "embed_positions" not in name
         assert (parameter.grad is not None) == should_move, name
-        assert torch.equal(parameter, before[name]) != (should_move and parameter.grad.abs().max() > 0), name
+        assert (torch.equal(parameter, before[name])
+                != (should_move and parameter.grad.abs().max() > 0)), name
 
 
 @pytest.mark.parametrize("samples", [9_600, 10_240, 10_241, 12_799])
 def test_a_clip_sounds_the_same_in_any_company(samples):
     ollm = build_ollm()
-    wave, other = data.speak("is there a red star")[0][:samples], data.speak("tell me what the picture shows")[0]
+    wave, other = (data.speak("is there a red star")[0][:samples],
+                   data.speak("tell me what the picture shows")[0])
 
     def hear(waves):
         mel, n_frames = data.mel_spectrograms(ollm.mel_extractor, waves)
         return ollm.hear(mel.double(), n_frames)[0, : data.audio_tokens(wave)]
 
     torch.testing.assert_close(hear([wave]), hear([wave, other]), rtol=1e-10, atol=1e-12)
-    assert (hear([wave]) - hear([other])[: data.audio_tokens(wave)]).abs().max() > 1e-3, "the check can fail"
+    assert (hear([wave]) - hear([other])[: data.audio_tokens(wave)]).abs().max() > 1e-3, (
+        "the check can fail")
 
 
 def test_hearing_equals_whisper_on_thirty_seconds():
@@ -169,8 +179,9 @@ def test_greedy_generation_equals_the_native_model_s():
     batch = collate(ollm, [sample], answers=False)
     ours = ollm.generate(ollm.encode_prefix(batch), batch["text"], max_new_tokens=10)[0]
     ids = torch.cat([batch["prefix"]["ids"], batch["text"]["ids"]], 1)
-    new = ollm.lvlm.generate(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=data.normalize(batch["pixels"]),
-                             max_new_tokens=10, do_sample=False, pad_token_id=ollm.tokenizer.pad_token_id,
+    new = ollm.lvlm.generate(input_ids=ids, attention_mask=torch.ones_like(ids),
+                             pixel_values=data.normalize(batch["pixels"]), max_new_tokens=10,
+                             do_sample=False, pad_token_id=ollm.tokenizer.pad_token_id,
                              eos_token_id=ollm.tokenizer.eos_token_id)[0, ids.size(1):]
     assert ours == ollm.tokenizer.decode(new, skip_special_tokens=True).strip()
 
@@ -179,12 +190,14 @@ def test_a_model_that_says_the_padding_token_goes_on():
     """<|endoftext|> pads prompts; inside an answer it is a token like any other."""
     ollm = build_ollm()
     batch = collate(ollm, make_samples(ollm)[:2], answers=False)
-    words = [ollm.tokenizer.convert_tokens_to_ids(w) for w in ("<|endoftext|>", "red", "<|im_end|>", "blue")]
+    words = [ollm.tokenizer.convert_tokens_to_ids(w)
+             for w in ("<|endoftext|>", "red", "<|im_end|>", "blue")]
     answers = iter([[words[0], words[1]], [words[1], words[2]], [words[2], words[3]]])
 
     class Head(torch.nn.Module):
         def forward(self, hidden):
-            return torch.nn.functional.one_hot(torch.tensor(next(answers)), len(ollm.tokenizer)).double()
+            return torch.nn.functional.one_hot(torch.tensor(next(answers)),
+                                               len(ollm.tokenizer)).double()
 
     ollm.lvlm.lm_head = Head()
     prefix = ollm.encode_prefix(batch)
@@ -197,7 +210,8 @@ def test_the_precision_of_a_gpu_gives_about_the_same_loss(monkeypatch):
     samples = make_samples(ollm)
     batch = collate(ollm, samples)
     exact = ollm(batch, alpha=0.75)[0]
-    monkeypatch.setattr("model.half_precision", lambda device: torch.autocast("cpu", torch.bfloat16))
+    monkeypatch.setattr("model.half_precision",
+                        lambda device: torch.autocast("cpu", torch.bfloat16))
     for parameter in ollm.lvlm.parameters():
         parameter.data = parameter.data.bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
@@ -221,7 +235,8 @@ def test_an_answer_of_its_own_is_scored_as_by_two_full_passes(limit, ends):
     labels = batch["audio"]["labels"]
     scored = ollm.tokenizer.convert_ids_to_tokens(labels[labels != IGNORE])
     assert scored == text.split() and ("<|im_end|>" in scored) == ends
-    torch.testing.assert_close(ollm(batch, 1.0)[0], bench.textbook(ollm, batch, 1.0), rtol=1e-9, atol=0)
+    torch.testing.assert_close(ollm(batch, 1.0)[0], bench.textbook(ollm, batch, 1.0),
+                               rtol=1e-9, atol=0)
 
 
 # ---- runs on disk ----

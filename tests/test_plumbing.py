@@ -93,6 +93,6 @@ def test_what_an_earlier_run_answered_is_not_this_run_s(world, start, tmp_path):
 def test_a_typed_question_that_is_too_long_to_say_is_one_line(world, start, tmp_path):
     """It was a traceback."""
     picture = next((world / "test/images").iterdir())
-    done = run_here("eval.py", start / "audio", "--image", picture, "--question", "what color " * 60,
-                    cwd=tmp_path)
+    done = run_here("eval.py", start / "audio", "--image", picture,
+                    "--question", "what color " * 60, cwd=tmp_path)
     assert done.returncode == 1 and "30 s" in done.stderr and done.stderr.count("\n") == 1

@@ -1,4 +1,4 @@
-"""The loop: what a step learns from does not depend on processes or micro-batches; the chain runs from the shell."""
+"""The loop: a step does not depend on processes or micro-batches; the chain runs from the shell."""
 
 import json
 import math
@@ -42,7 +42,8 @@ class Numbers:
 
 
 def make_epoch(n, phases=1, seed=0, rank=0, world_size=1, global_batch=8, micro_batch=8):
-    config = {"seed": seed, "global_batch": global_batch, "micro_batch": micro_batch, "on_policy": 0}
+    config = {"seed": seed, "global_batch": global_batch, "micro_batch": micro_batch,
+              "on_policy": 0}
 
     def collate(samples):
         return {"text": {"labels": torch.tensor(samples)}, "audio": None}
@@ -53,22 +54,27 @@ def make_epoch(n, phases=1, seed=0, rank=0, world_size=1, global_batch=8, micro_
 @pytest.mark.parametrize("n, global_batch, micro_batch",
                          [(100, 32, 8), (37, 16, 16), (5, 64, 2), (64, 64, 64), (1, 8, 8)])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_an_epoch_visits_every_sample_once_however_it_is_dealt(n, global_batch, micro_batch, world_size):
+def test_an_epoch_visits_every_sample_once_however_it_is_dealt(n, global_batch, micro_batch,
+                                                               world_size):
     options = {"world_size": world_size, "global_batch": global_batch, "micro_batch": micro_batch}
     ranks, visited = [make_epoch(n, rank=rank, **options) for rank in range(world_size)], []
     assert len(ranks[0]) == math.ceil(n / global_batch)
     for step in range(len(ranks[0])):
         batches = [[batch["text"]["labels"].tolist() for batch in epoch[step]] for epoch in ranks]
         assert len({len(micro_batches) for micro_batches in batches}) == 1, "as many on every rank"
-        assert all(1 <= len(batch) <= micro_batch for micro_batches in batches for batch in micro_batches)
-        labels = [i for micro_batches in batches for batch in micro_batches for i in batch if i != IGNORE]
-        assert sorted(labels) == sorted(ranks[0].order[step * global_batch: (step + 1) * global_batch])
+        assert all(1 <= len(batch) <= micro_batch
+                   for micro_batches in batches for batch in micro_batches)
+        labels = [i for micro_batches in batches for batch in micro_batches
+                  for i in batch if i != IGNORE]
+        assert (sorted(labels)
+                == sorted(ranks[0].order[step * global_batch: (step + 1) * global_batch]))
         visited += labels
     assert sorted(visited) == list(range(n))
 
 
 def test_neighbours_in_length_share_a_micro_batch():
-    lengths = [[i % 7 for i in batch["text"]["labels"].tolist()] for batch in make_epoch(64, micro_batch=4)[0]]
+    lengths = [[i % 7 for i in batch["text"]["labels"].tolist()]
+               for batch in make_epoch(64, micro_batch=4)[0]]
     assert lengths[0] == sorted(lengths[0]) and max(lengths[0]) <= min(lengths[1])
 
 
@@ -79,7 +85,7 @@ def test_earlier_phases_come_first_and_seeds_differ():
 
 
 def test_micro_batches_give_the_gradient_of_the_whole_batch(world):
-    """Answers of different lengths: each token counts the same, in whichever micro-batch it lies."""
+    """Answers of different length: each token counts the same, in whichever micro-batch it lies."""
     ollm = build_ollm()
     samples = data.Samples(world / "vision-audio", ollm.settings)
     samples = [{**samples[i], "answer": " ".join([samples.rows[i]["answer"]] * (1 + 5 * (i == 0)))}
@@ -111,9 +117,10 @@ def same_steps(a, b, rel=1e-9):
 
 @pytest.mark.slow
 def test_three_processes_compute_the_same_steps_as_one(start, world, tmp_path):
-    """The last batch has one sample: two of the processes have none. (Two processes: test_faults.py.)"""
-    options = ["--stage", "vision-audio", "--alpha", 0.75, "--init", start / "audio", "--data", world / "vision-audio",
-               "--global-batch", 33, "--micro-batch", 3, "--lr", 1e-3, "--device", "cpu"]
+    """The last batch has one sample: two processes have none. (Two processes: test_faults.py.)"""
+    options = ["--stage", "vision-audio", "--alpha", 0.75, "--init", start / "audio",
+               "--data", world / "vision-audio", "--global-batch", 33, "--micro-batch", 3,
+               "--lr", 1e-3, "--device", "cpu"]
     one = run_here(FLOAT64, *options, "--out", tmp_path / "one", cwd=tmp_path)
     many = run_script(FLOAT64, *options, "--out", tmp_path / "many", cwd=tmp_path, processes=3)
     assert one.returncode == 0 and many.returncode == 0, one.stderr + many.stderr
@@ -122,8 +129,8 @@ def test_three_processes_compute_the_same_steps_as_one(start, world, tmp_path):
 
 def test_vision_text_on_two_processes_equals_one(world, tmp_path):
     """The stage in which some micro-batches have no picture at all."""
-    options = ["--stage", "vision-text", "--data", world / "vision-text", "--global-batch", 24, "--micro-batch", 4,
-               "--device", "cpu"]
+    options = ["--stage", "vision-text", "--data", world / "vision-text", "--global-batch", 24,
+               "--micro-batch", 4, "--device", "cpu"]
     one = run_here(FLOAT64, *options, "--out", tmp_path / "one", cwd=tmp_path)
     two = run_script(FLOAT64, *options, "--out", tmp_path / "two", cwd=tmp_path, processes=2)
     assert one.returncode == 0 and two.returncode == 0, one.stderr + two.stderr
@@ -168,10 +175,14 @@ def test_the_chain_makes_what_is_missing_and_reuses_it(world, tmp_path):
 
     picture = tmp_path / "runs/shapes/data-s3/test/images/000000.png"
     run = tmp_path / "runs/shapes/vision-audio-a0.5-s3"
-    one = run_here("eval.py", run, "--image", picture, "--question", "What colour is the circle?", cwd=tmp_path)
-    assert one.returncode == 0 and one.stdout.startswith("text ") and "\naudio " in one.stdout, one.stderr
-    unknown = run_here("eval.py", run, "--image", picture, "--question", "is there a unicorn", cwd=tmp_path)
-    assert unknown.returncode == 1 and "'unicorn'" in unknown.stderr and "triangle" in unknown.stderr
+    one = run_here("eval.py", run, "--image", picture, "--question", "What colour is the circle?",
+                   cwd=tmp_path)
+    assert (one.returncode == 0 and one.stdout.startswith("text ")
+            and "\naudio " in one.stdout), one.stderr
+    unknown = run_here("eval.py", run, "--image", picture, "--question", "is there a unicorn",
+                       cwd=tmp_path)
+    assert (unknown.returncode == 1 and "'unicorn'" in unknown.stderr
+            and "triangle" in unknown.stderr)
     assert unknown.stderr.count("\n") == 1
 
 
@@ -183,7 +194,8 @@ def test_an_evaluation_that_fails_changes_neither_run_nor_exit_code(world, start
     about = tmp_path / "runs/shapes/audio-text-s3/ollm.json"
     about.write_text(about.read_text().replace('"../base"', '"../vision-text-s3"'))
     done = run_script("train.py", "--seed", 3, cwd=tmp_path)  # its child writes to the same stderr
-    assert done.returncode == 0 and "error: " in done.stderr and "torchrun train.py --alpha 0" in done.stdout
+    assert (done.returncode == 0 and "error: " in done.stderr
+            and "torchrun train.py --alpha 0" in done.stdout)
     assert (tmp_path / "runs/shapes/vision-audio-a0.75-s3/ollm.json").exists()
 
 
@@ -198,7 +210,8 @@ def test_an_evaluation_that_fails_changes_neither_run_nor_exit_code(world, start
 def test_what_cannot_work_is_one_clear_line(start, world, tmp_path, arguments, message):
     places = {"BASE": start / "base", "AUDIO": start / "audio", "PART": world / "vision-audio",
               "TRANSCRIPTS": world / "audio-text"}
-    done = run_here("train.py", *[places.get(a, a) for a in arguments], "--out", tmp_path / "out", cwd=tmp_path)
+    done = run_here("train.py", *[places.get(a, a) for a in arguments],
+                    "--out", tmp_path / "out", cwd=tmp_path)
     assert done.returncode != 0 and message in done.stderr and "Traceback" not in done.stderr
     assert not list(tmp_path.rglob("*.safetensors"))
 
@@ -209,7 +222,8 @@ def test_a_cut_start_is_noted_and_a_cut_run_is_another_training(start, world, tm
     settings = json.loads(about.read_text())
     settings["training"]["max_steps"] = 7
     about.write_text(json.dumps(settings))
-    options = ["--init", tmp_path / "start/audio", "--data", world / "vision-audio", "--out", tmp_path / "out"]
+    options = ["--init", tmp_path / "start/audio", "--data", world / "vision-audio",
+               "--out", tmp_path / "out"]
     done = run_here("train.py", *options, "--max-steps", 2, cwd=tmp_path)
     assert done.returncode == 0 and "stopped after 7 steps" in done.stdout, done.stderr
     other = run_here("train.py", *options, "--max-steps", 3, cwd=tmp_path)
@@ -221,14 +235,16 @@ def test_a_loss_that_is_no_number_stops_before_the_weights_are_touched(start, wo
     state = load_file(tmp_path / "start/audio/model.safetensors")
     state["projector.bias"][0] = float("nan")
     save_file(state, tmp_path / "start/audio/model.safetensors")
-    done = run_here("train.py", "--init", tmp_path / "start/audio", "--data", world / "vision-audio", "--out",
-                    tmp_path / "out", cwd=tmp_path)
+    done = run_here("train.py", "--init", tmp_path / "start/audio",
+                    "--data", world / "vision-audio", "--out", tmp_path / "out", cwd=tmp_path)
     assert done.returncode == 1 and "stopped before the weights were touched" in done.stderr
     assert "Traceback" not in done.stderr and not (tmp_path / "out/ollm.json").exists()
 
 
 def test_no_room_for_a_run_is_one_line_and_leaves_nothing_half_written(start, world, tmp_path):
-    done = run_script("train.py", "--init", start / "audio", "--data", world / "vision-audio", "--max-steps", 1,
-                      "--out", tmp_path / "out", cwd=tmp_path, largest_file=300_000)
-    assert done.returncode == 1 and f"error: {tmp_path / 'out'}" in done.stderr and "Traceback" not in done.stderr
+    done = run_script("train.py", "--init", start / "audio", "--data", world / "vision-audio",
+                      "--max-steps", 1, "--out", tmp_path / "out", cwd=tmp_path,
+                      largest_file=300_000)
+    assert (done.returncode == 1 and f"error: {tmp_path / 'out'}" in done.stderr
+            and "Traceback" not in done.stderr)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {".lock", "log.jsonl"}
