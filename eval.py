@@ -18,9 +18,7 @@ import plumbing  # isort: skip  (before torch: it tells torch's threads how to w
 import random
 import re
 import statistics
-from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 import data
@@ -89,6 +87,8 @@ def evaluate(run, folder, kinds, args):
     if not indices:
         raise BadInput(f"{folder}: has no question of the kinds {', '.join(kinds)}")
 
+    transcribes = runs.about(run)["training"]["stage"] == "audio-text"
+
     # Like lengths are asked together; the rows come back in the folder's order.
     rows, indices = {}, sorted(indices, key=samples.length)
     size = args.batch or (8 if ollm.settings["image_size"] > shapes.SIZE else 100)
@@ -97,9 +97,7 @@ def evaluate(run, folder, kinds, args):
         chunk = indices[start: start + size]
         batch = [samples[i] for i in chunk]
         answers = {"audio": [None] * len(batch), **ollm.answer(batch, forms)}
-        transcripts = [None] * len(batch)
-        if runs.about(run)["training"]["stage"] == "audio-text":
-            transcripts = transcribe(ollm, batch)
+        transcripts = transcribe(ollm, batch) if transcribes else [None] * len(batch)
         for i, *texts in zip(chunk, answers["text"], answers["audio"], transcripts):
             rows[i] = {**samples.rows[i], **dict(zip(("text", "audio", "transcript"), texts))}
     return [rows[i] for i in sorted(rows)]
@@ -197,24 +195,23 @@ def report(args, kinds, average, score=score_answer, more=None):
     score  function (sample, answer) -> 0 to 1
     more   further lines of the table: function (rows, form) -> {line: value}
     """
-    groups, answers = {}, {}
-    for run in args.runs or runs.default_runs(args.preset, args.seed):
-        name, seed = runs.name(run), runs.about(run)["training"]["seed"]
-        if (name, seed) in answers:
-            raise BadInput(f"{run}: another of the runs is {name} of seed {seed}, too: ask one of "
-                           "them at a time")
-        rows = evaluate(run, runs.questions_of(args, seed), kinds, args)
-        groups.setdefault(name, []).append(summarize(rows, kinds, average, score, more))
-        answers[name, seed] = rows
-        write_json_lines(runs.place_for_answers(run) / f"answers-{average.split()[0]}.jsonl", rows)
-        for row in random.Random(0).sample(rows, min(args.show, len(rows))):
-            print(f"  {row['question']}?  ({row['label']})  text: {row['text']}  "
-                  f"audio: {row['audio']}")
+    summaries, answers = {}, {}
+    groups = runs.group_runs(args.runs or runs.default_runs(args.preset, args.seed))
+    for name, by_seed in groups.items():
+        for seed, run in by_seed.items():
+            rows = evaluate(run, runs.questions_of(args, seed), kinds, args)
+            summaries.setdefault(name, []).append(summarize(rows, kinds, average, score, more))
+            answers[name, seed] = rows
+            path = runs.place_for_answers(run) / f"answers-{average.split()[0]}.jsonl"
+            write_json_lines(path, rows)
+            for row in random.Random(0).sample(rows, min(args.show, len(rows))):
+                print(f"  {row['question']}?  ({row['label']})  text: {row['text']}  "
+                      f"audio: {row['audio']}")
 
-    several = any(len(seeds) > 1 for seeds in groups.values())
+    several = any(len(by_seed) > 1 for by_seed in groups.values())
     print(f"{len(rows)} held-out questions a run; percent right"
           + (", mean ± standard deviation over seeds" if several else ""))
-    print_summaries(groups)
+    print_summaries(summaries)
     print_differences(answers, score)
 
 

@@ -164,7 +164,7 @@ def listening_runs(args):
     if not listening:
         raise BadInput(f"{', '.join(map(str, paths))}: cannot listen; "
                        "name a run of the stage audio-text or vision-audio")
-    return tables.group_runs(listening)
+    return runs.group_runs(listening)
 
 
 def pick_questions(folder, settings, n, forms=("question", "audio")):

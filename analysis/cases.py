@@ -71,7 +71,7 @@ def main():
     parser = runs.arguments(__doc__)
     parser.set_defaults(n=8)
     args = parser.parse_args()
-    groups = tables.group_runs(args.runs or runs.default_runs(args.preset, args.seed))
+    groups = runs.group_runs(args.runs or runs.default_runs(args.preset, args.seed))
     cases, out = pick_cases(groups, args.n), Path(args.out)
     if not cases:
         raise BadInput("the runs have no question with a picture in common")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from analysis.cases import read_answers
 from eval import mean_scores
-from plumbing import tables
+from plumbing import runs, tables
 from plumbing.files import BadInput, readable_errors
 from world import shapes
 
@@ -29,7 +29,7 @@ def scores_of(folder):
     if not paths:
         raise BadInput(f"{folder}: has no finished run; `torchrun train.py --alpha 0.75` makes one")
     scores = {}
-    for name, by_seed in tables.group_runs(paths).items():
+    for name, by_seed in runs.group_runs(paths).items():
         scores[name] = {"text": [], "audio": []}
         for run in by_seed.values():
             rows = read_answers(run)

@@ -134,6 +134,18 @@ def default_runs(preset, seed):
     return runs
 
 
+def group_runs(paths):
+    """Returns {name: {seed: run}}. Raises BadInput if two runs have the same name and seed."""
+    groups = {}
+    for run in paths:
+        label, seed = name(run), about(run)["training"]["seed"]
+        by_seed = groups.setdefault(label, {})
+        if seed in by_seed:
+            raise BadInput(f"{run}: {by_seed[seed]} is {label} of seed {seed}, too; name one only")
+        by_seed[seed] = run
+    return groups
+
+
 def arguments(description):
     """Returns the argument parser of every script that looks at runs."""
     parser = argparse.ArgumentParser(description=description,

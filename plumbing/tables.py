@@ -5,8 +5,7 @@ import statistics
 
 import torch
 
-from plumbing import runs
-from plumbing.files import BadInput, written_whole
+from plumbing.files import written_whole
 
 # Okabe and Ito's colours, which all eyes can tell apart, with a marker and a line each.
 COLORS = ("#000000", "#E69F00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
@@ -51,18 +50,6 @@ def cell(values, digits=1):
 
 
 # ---- tables --------------------------------------------------------------------------------------
-
-
-def group_runs(paths):
-    """Returns {name: {seed: run}}. Raises BadInput if two runs have the same name and seed."""
-    groups = {}
-    for run in paths:
-        name, seed = runs.name(run), runs.about(run)["training"]["seed"]
-        by_seed = groups.setdefault(name, {})
-        if seed in by_seed:
-            raise BadInput(f"{run}: {by_seed[seed]} is {name} of seed {seed}, too; name one only")
-        by_seed[seed] = run
-    return groups
 
 
 def table_columns(groups):

@@ -12,7 +12,6 @@ original code's outputs.
 """
 
 import re
-from pathlib import Path
 
 import torch
 import transformers

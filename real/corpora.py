@@ -14,7 +14,6 @@ of skipped.jsonl, which says why. An interrupted command goes on where it stoppe
 import csv
 import functools
 import hashlib
-import json
 import os
 import random
 import re

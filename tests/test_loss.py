@@ -1,7 +1,5 @@
 """The loss against the textbook formula in float64."""
 
-import math
-
 import pytest
 import torch
 

@@ -116,9 +116,9 @@ def make(args):
 
 def make_if_missing(part, seed):
     """Runs `data.py shapes` in a process of its own if a default part's folder is not there yet."""
-    if not Path(part, "samples.jsonl").exists():
-        if run_script("data.py", "shapes", "--seed", seed):
-            raise BadInput("the built-in world could not be made (see above)")
+    is_there = Path(part, "samples.jsonl").exists()
+    if not is_there and run_script("data.py", "shapes", "--seed", seed):
+        raise BadInput("the built-in world could not be made (see above)")
 
 
 def add_command(commands):
