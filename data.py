@@ -7,7 +7,8 @@ A prepared folder holds `samples.jsonl`, one object a line, and the files that t
 
 `audio` says aloud what `question` says in writing; if the question's end follows the speech in
 writing, `after` repeats it. A line has at least one of the two; one with audio alone is speech to
-transcribe. The image may be missing. Every source is brought to this format:
+transcribe. The image may be missing. Written questions of one `group` (about one picture) share its
+prefix: one prefix, many questions. Every source is brought to this format:
 
     python data.py shapes --seed 0                   # the built-in world (world/make.py)
     python data.py llava --help                      # LLaVA's mix, spoken (real/corpora.py); also:
@@ -15,12 +16,13 @@ transcribe. The image may be missing. Every source is brought to this format:
     python data.py check runs/shapes/data-s0/test    # is every line, picture and recording whole?
     python data.py speak "what color is the circle" --out question.wav
 
-Letters in shape comments: B batch, P prefix tokens, S tokens of query and answer, T tokens,
-H and W height and width, M mel bins, F mel frames.
+Letters in shape comments: B rows of a batch, P prefix tokens, S tokens of query and answer,
+T tokens, H and W height and width, M mel bins, F mel frames.
 """
 
 import argparse
 import hashlib
+import itertools
 import math
 from pathlib import Path
 
@@ -178,16 +180,20 @@ def prompt_ids(tokenizer, settings, image_tokens, questions):
 def collate(samples, tokenizer, mel_extractor, settings, answers=True, positions=None):
     """Makes a batch: what stands before the question, once; what follows, once a form of it.
 
-    samples    dicts of Samples; "after" is text behind the speech, "end" the answer's end mark
+    samples    dicts of Samples; "after" is text behind the speech, "end" the answer's end mark;
+               neighbours of one "group" share a row: one prefix, several written questions
     answers    True: answers follow and are labelled, padding stands right (training)
                False: queries end where the answer begins, padding stands left (generation)
     positions  None, or a function (sample, question tokens, all tokens) -> positions, if written
 
     Returns {"pixels" (tiles, 3, H, W), "prefix": {"ids", "mask"} (B, P), "text": query,
     "mel" (B, M, F), "n_frames" (B,), "audio": query}; what the samples lack is None. A query is
-    {"ids", with AUDIO_SLOT where speech goes, "mask", "labels", "positions"}, each (B, S).
+    {"ids", with AUDIO_SLOT where speech goes, "mask", "labels", "positions"}, each (B, S); in shared
+    rows also "part" (B, S), which of the samples a token belongs to.
     """
-    tiles = [s["pixels"] for s in samples if "pixels" in s]
+    numbers = range(len(samples))
+    rows = [list(row) for _, row in itertools.groupby(numbers, lambda i: samples[i].get("group", i))]
+    tiles = [samples[row[0]]["pixels"] for row in rows if "pixels" in samples[row[0]]]
     image_tokens = [len(s.get("pixels", ())) * settings["tokens_per_tile"] for s in samples]
     texts = [s.get("question", "") for s in samples]
     heads, questions, tail = prompt_ids(tokenizer, settings, image_tokens, texts)
@@ -197,21 +203,27 @@ def collate(samples, tokenizer, mel_extractor, settings, answers=True, positions
 
     def query(slots, positions=None):
         """Makes a query of each slot (a question's ids, or AUDIO_SLOTs), tail and answer."""
-        rows = [slot + tail + answer for slot, answer in zip(slots, answer_ids)]
-        for sample, head, row in zip(samples, heads, rows):
-            if len(head) + len(row) > tokenizer.model_max_length:
-                raise BadInput(f"{sample.get('where', 'the question')}: {len(head) + len(row):,} "
+        asked = [slot + tail + answer for slot, answer in zip(slots, answer_ids)]
+        for sample, head, ids in zip(samples, heads, asked):
+            if len(head) + len(ids) > tokenizer.model_max_length:
+                raise BadInput(f"{sample.get('where', 'the question')}: {len(head) + len(ids):,} "
                                f"tokens, the model has room for {tokenizer.model_max_length:,}")
-        labels = [[IGNORE] * (len(row) - len(answer)) + answer
-                  for row, answer in zip(rows, answer_ids)]
-        places = [positions(sample, len(slot), len(row)) if positions else list(range(len(row)))
-                  for sample, slot, row in zip(samples, slots, rows)]
-        return {**pad(rows, tokenizer.pad_token_id, not answers),
-                "labels": pad(labels, IGNORE, not answers)["ids"],
-                "positions": pad(places, 0, not answers)["ids"]}
+        labels = [[IGNORE] * (len(ids) - len(answer)) + answer
+                  for ids, answer in zip(asked, answer_ids)]
+        places = [positions(sample, len(slot), len(ids)) if positions else list(range(len(ids)))
+                  for sample, slot, ids in zip(samples, slots, asked)]
+        parts = [[i] * len(ids) for i, ids in enumerate(asked)]
+
+        # The samples of a row follow one another. Each one's positions begin anew.
+        def pad_rows(lists, value):
+            return pad([sum([lists[i] for i in row], []) for row in rows], value, not answers)
+
+        query = {**pad_rows(asked, tokenizer.pad_token_id),
+                 "labels": pad_rows(labels, IGNORE)["ids"], "positions": pad_rows(places, 0)["ids"]}
+        return query | ({"part": pad_rows(parts, -1)["ids"]} if len(rows) < len(samples) else {})
 
     batch = {"pixels": torch.cat(tiles) if tiles else None,
-             "prefix": pad(heads, tokenizer.pad_token_id),
+             "prefix": pad([heads[row[0]] for row in rows], tokenizer.pad_token_id),
              "text": None, "mel": None, "n_frames": None, "audio": None}
 
     # The question in writing, which the teacher reads.

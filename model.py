@@ -159,8 +159,14 @@ class OLLM(nn.Module):
         cache, prefix_mask = copy.copy(prefix[0]), prefix[1]
         cache.layers = [copy.copy(layer) for layer in cache.layers]
 
-        # Positions go on from the prefix's real length: padding takes no position.
+        # Several questions may share a row: each token sees the prefix and its own question alone.
         mask = torch.cat([prefix_mask, query["mask"]], dim=1)  # (B, P + S)
+        if "part" in query:
+            own = (query["part"][:, :, None] == query["part"][:, None]).tril()  # (B, S, S)
+            before = prefix_mask[:, None].expand(-1, own.size(1), -1)  # (B, S, P)
+            mask = torch.cat([before, own], dim=2)[:, None]  # (B, 1, S, P + S)
+
+        # Positions go on from the prefix's real length: padding takes no position.
         positions = prefix_mask.sum(1, keepdim=True) + query["positions"]  # (B, S)
         out = self.lvlm.model.language_model(
             inputs_embeds=self.embed(query["ids"], audio_tokens=audio_tokens),

@@ -46,7 +46,7 @@ PRESETS = {
     "shapes": {  # the built-in world: nothing is downloaded
         "lvlm": None,
         "whisper": None,
-        "vision-text": {"lr": 1.5e-3, "global_batch": 48, "micro_batch": 48},
+        "vision-text": {"lr": 1.5e-3, "global_batch": 12, "micro_batch": 12},  # of four questions
         "audio-text": {"lr": 1.5e-3, "global_batch": 8, "micro_batch": 8},
         "vision-audio": {"lr": 1e-3, "global_batch": 8, "micro_batch": 8},
     },
@@ -152,35 +152,40 @@ class Epoch(torch.utils.data.Dataset):
     def __init__(self, config, samples, collate, rank=0, world_size=1):
         self.config, self.samples, self.collate = config, samples, collate
         self.rank, self.world_size = rank, world_size
-        self.order = list(range(len(samples)))
-        random.Random(config["seed"]).shuffle(self.order)
         # The built-in base first learns to see (phase 0), then to answer (phase 1): world/make.py.
-        self.order.sort(key=lambda i: float(samples.rows[i].get("phase", 0)))
+        # What is asked about one picture comes together: a group, which counts as one sample.
+        groups = {}
+        for i, row in enumerate(samples.rows):
+            groups.setdefault((float(row.get("phase", 0)), row.get("group", i)), []).append(i)
+        keys = list(groups)
+        random.Random(config["seed"]).shuffle(keys)
+        self.order = [groups[key] for key in sorted(keys, key=lambda key: key[0])]
 
     def __len__(self):
         return math.ceil(len(self.order) / self.config["global_batch"])
 
-    def indices(self, step):
-        """Returns the samples of a step on all ranks, shortest first."""
+    def groups(self, step):
+        """Returns the samples of a step on all ranks, in groups, shortest first."""
         size = self.config["global_batch"]
-        return sorted(self.order[step * size: (step + 1) * size], key=self.samples.length)
+        return sorted(self.order[step * size: (step + 1) * size],
+                      key=lambda group: sum(map(self.samples.length, group)))
 
     def __getitem__(self, step):
         # Every rank takes every world_size-th sample, so that all have about the same work, and
         # the same number of micro-batches. Neighbours in length share one: little is padded.
-        indices, size = self.indices(step), self.config["micro_batch"]
-        mine = indices[self.rank:: self.world_size]
-        longest = math.ceil(len(indices) / self.world_size)
+        groups, size = self.groups(step), self.config["micro_batch"]
+        mine = groups[self.rank:: self.world_size]
+        longest = math.ceil(len(groups) / self.world_size)
         return [self.micro_batch(mine[start: start + size]) for start in range(0, longest, size)]
 
-    def micro_batch(self, indices):
+    def micro_batch(self, groups):
         """Collates some samples. Without any, one with weight 0: all ranks must take part."""
-        samples = [self.samples[i] for i in indices or self.order[:1]]
+        samples = [self.samples[i] for group in groups or self.order[:1] for i in group]
         batch = self.collate(samples)
         for form in ("text", "audio"):
-            if not indices and batch[form] is not None:
+            if not groups and batch[form] is not None:
                 batch[form]["labels"].fill_(IGNORE)
-        return batch | ({"samples": samples} if self.config["on_policy"] and indices else {})
+        return batch | ({"samples": samples} if self.config["on_policy"] and groups else {})
 
 
 def make_epoch(config, ollm, rank=0, world_size=1):
@@ -292,7 +297,8 @@ def train_stage(args, config, out, rank, world_size, device):
         # 3. Clip and update, unless something is not a number
         grad_norm = torch.nn.utils.clip_grad_norm_(trained.values(), CLIP).item()
         if not math.isfinite(loss + grad_norm):
-            ids = ", ".join(str(epoch.samples.rows[i]["id"]) for i in epoch.indices(step))
+            ids = ", ".join(str(epoch.samples.rows[i]["id"])
+                            for group in epoch.groups(step) for i in group)
             raise BadInput(f"step {step}: loss {loss}, gradient norm {grad_norm}; stopped before "
                            f"the weights were touched; samples {ids}")
         optimizer.step()

@@ -16,6 +16,7 @@ from data import IGNORE
 from loss import self_kd_loss
 from model import OLLM
 from plumbing.files import BadInput
+from world.models import spread_positions
 
 QUESTIONS = ("what color is the circle", "is there a red star",
              "tell me what the picture shows", "count the things")
@@ -58,6 +59,26 @@ def test_shared_prefix_equals_two_full_passes(max_tiles, alpha):
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=0)
     for a, b in zip(torch.autograd.grad(ours, trained), torch.autograd.grad(theirs, trained)):
         assert (a - b).norm() <= 1e-9 * b.norm() + 1e-15
+
+
+def test_questions_about_one_picture_share_a_row(world):
+    """One prefix, many questions: loss and gradients are those of as many separate rows."""
+    ollm = build_ollm()
+    ollm.train_only("vision-text")
+    samples = data.Samples(world / "vision-text", ollm.settings, ("question",))
+    samples = [samples[i] for i in range(len(samples)) if samples.rows[i]["group"] in (3, 4, 5)]
+    apart = [{key: value for key, value in s.items() if key != "group"} for s in samples]
+    trained, results = [p for p in ollm.parameters() if p.requires_grad], []
+    for rows in (samples, apart):
+        batch = collate(ollm, rows, positions=spread_positions(0))
+        results.append((len(batch["prefix"]["ids"]), ollm(batch, 0.0)[0]))
+    (n_shared, shared), (n_apart, separate) = results
+    assert (n_shared, n_apart) == (3, len(samples)) and len(samples) >= 12
+    torch.testing.assert_close(shared, separate, rtol=1e-9, atol=0)
+    gradients = [torch.autograd.grad(loss, trained, allow_unused=True)
+                 for loss in (shared, separate)]
+    for a, b in zip(*gradients):
+        assert (a is None) == (b is None) and (a is None or (a - b).norm() <= 1e-9 * b.norm() + 1e-15)
 
 
 def test_the_teacher_changes_neither_the_student_nor_gets_a_gradient():

@@ -28,8 +28,9 @@ def test_learning_rate_warms_up_and_ends_at_zero():
 class Numbers:
     """Samples that are their own indices, of several lengths."""
 
-    def __init__(self, n, phases=1):
-        self.rows = [{"phase": i % phases} for i in range(n)]
+    def __init__(self, n, phases=1, together=1):
+        self.rows = [{"phase": i % phases} | ({"group": i // together} if together > 1 else {})
+                     for i in range(n)]
 
     def __len__(self):
         return len(self.rows)
@@ -41,14 +42,15 @@ class Numbers:
         return index % 7
 
 
-def make_epoch(n, phases=1, seed=0, rank=0, world_size=1, global_batch=8, micro_batch=8):
+def make_epoch(n, phases=1, seed=0, rank=0, world_size=1, global_batch=8, micro_batch=8,
+               together=1):
     config = {"seed": seed, "global_batch": global_batch, "micro_batch": micro_batch,
               "on_policy": 0}
 
     def collate(samples):
         return {"text": {"labels": torch.tensor(samples)}, "audio": None}
 
-    return train.Epoch(config, Numbers(n, phases), collate, rank, world_size)
+    return train.Epoch(config, Numbers(n, phases, together), collate, rank, world_size)
 
 
 @pytest.mark.parametrize("n, global_batch, micro_batch",
@@ -67,7 +69,7 @@ def test_an_epoch_visits_every_sample_once_however_it_is_dealt(n, global_batch, 
         labels = [i for micro_batches in batches for batch in micro_batches
                   for i in batch if i != IGNORE]
         assert (sorted(labels)
-                == sorted(ranks[0].order[step * global_batch: (step + 1) * global_batch]))
+                == sorted(sum(ranks[0].order[step * global_batch: (step + 1) * global_batch], [])))
         visited += labels
     assert sorted(visited) == list(range(n))
 
@@ -80,8 +82,22 @@ def test_neighbours_in_length_share_a_micro_batch():
 
 def test_earlier_phases_come_first_and_seeds_differ():
     order = make_epoch(40, phases=2).order
-    assert [i % 2 for i in order] == [0] * 20 + [1] * 20 and sorted(order) == list(range(40))
+    assert [i % 2 for i, in order] == [0] * 20 + [1] * 20
+    assert sorted(order) == [[i] for i in range(40)]
     assert order == make_epoch(40, phases=2).order != make_epoch(40, phases=2, seed=1).order
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_what_is_asked_about_one_picture_stays_together(world_size):
+    ranks = [make_epoch(40, phases=2, together=4, rank=rank, world_size=world_size, micro_batch=3)
+             for rank in range(world_size)]
+    visited = []
+    for step in range(len(ranks[0])):
+        for batch in (batch["text"]["labels"].tolist() for epoch in ranks for batch in epoch[step]):
+            pairs = [pair for pair in zip(batch[::2], batch[1::2]) if IGNORE not in pair]
+            assert all(a // 4 == b // 4 and b == a + 2 for a, b in pairs), "a picture, a phase"
+            visited += sum(map(list, pairs), [])
+    assert sorted(visited) == list(range(40))
 
 
 def test_micro_batches_give_the_gradient_of_the_whole_batch(world):

@@ -26,7 +26,10 @@ from plumbing.processes import run_script, workers
 from world import shapes
 
 PARTS = ("vision-text", "audio-text", "vision-audio", "test")
-SCENE_QUESTIONS = 10  # written questions about each picture of the vision-text part
+LISTED = 7000  # so many of the first pictures are also listed, to learn to see
+SCENE_QUESTIONS = 4  # of each picture of the vision-text part, and lists
+# In the last stage, one question in eight is of MMAlign's kinds, so that they are not unlearned.
+PAIR_KINDS = 7 * shapes.KINDS + 3 * shapes.ALIGN_KINDS
 
 
 # ---- the parts -----------------------------------------------------------------------------------
@@ -36,24 +39,25 @@ SCENE_QUESTIONS = 10  # written questions about each picture of the vision-text 
 def make_scene(i, folder, seed):
     """Makes one picture and its written questions (vision-text)."""
     rng = random.Random(f"{seed}/vision-text/{i}")
+    line = {"group": i, "phase": 1}
+
+    # One in five is text alone, to be repeated: the LLM learns to copy; alignment builds on that.
+    if i % 5 == 4:
+        sentences = [shapes.draw_sentence(rng) for _ in range(SCENE_QUESTIONS)]
+        return [{"id": f"{i:06}-{j}", **line, "question": f"{sentence} {shapes.INSTRUCTION}",
+                 "answer": sentence} for j, sentence in enumerate(sentences)]
+
+    # First learn to see (phase 0): a base that is asked before it can takes far longer.
     scene = shapes.draw_scene(rng, held_out=False)
     save_png(folder / f"images/{i:06}.png", shapes.render(rng, scene))
-    lines = []
-    for j in range(SCENE_QUESTIONS):
-        line = {"id": f"{i:06}-{j}", "phase": 1, "image": f"images/{i:06}.png"}
-        # First learn to see (phase 0): a base that is asked before it can takes far longer.
-        if j < 2:
-            kinds = ("description", *shapes.LIST_KINDS)
-            line |= {"phase": 0, **shapes.draw_question(rng, scene, kinds)}
-        # Text alone, to be repeated: so the LLM learns to copy, which alignment builds on.
-        elif rng.random() < 0.2:
-            sentence = shapes.draw_sentence(rng)
-            line = {"id": f"{i:06}-{j}", "phase": 1,
-                    "question": f"{sentence} {shapes.INSTRUCTION}", "answer": sentence}
-        else:
-            line |= shapes.draw_question(rng, scene, shapes.BASE_KINDS)
-        lines.append(line)
-    return lines
+    line["image"] = f"images/{i:06}.png"
+    kinds = ("description", *shapes.LIST_KINDS) if i < LISTED else ()
+    lists = [shapes.draw_question(rng, scene, (kind,)) for kind in kinds]
+    lists = [{**question, "phase": 0} for question in lists if question]
+    questions = [shapes.draw_question(rng, scene, shapes.BASE_KINDS)
+                 for _ in range(SCENE_QUESTIONS)]
+    return [{"id": f"{i:06}-{j}", **line, **question}
+            for j, question in enumerate(lists + questions)]
 
 
 def make_clip(i, folder, seed):
@@ -99,7 +103,7 @@ def make_part(folder, worker, count):
 def make(args):
     """Makes the built-in world's parts under --out."""
     out = Path(args.out or f"runs/shapes/data-s{args.seed}")
-    pair = functools.partial(make_pair, kinds=shapes.KINDS, noise=args.label_noise)
+    pair = functools.partial(make_pair, kinds=PAIR_KINDS, noise=args.label_noise)
     makers = {  # each part: its worker, how many samples, and what else settings.json tells
         "vision-text": (make_scene, args.scenes, {"scenes": args.scenes}),
         "audio-text": (make_clip, args.clips, {"clips": args.clips}),
@@ -128,9 +132,9 @@ def add_command(commands):
     add("--seed", type=int, default=0, help="what is drawn, asked and spoken")
     add("--out", help="folder for the parts (default: runs/shapes/data-s<seed>)")
     add("--parts", nargs="+", default=PARTS, choices=PARTS, help="which parts to make")
-    add("--scenes", type=int, default=13000, help="pictures with written questions (vision-text)")
-    add("--clips", type=int, default=18000, help="spoken sentences (audio-text)")
-    add("--n", type=int, default=1600, help="spoken questions about pictures (vision-audio)")
+    add("--scenes", type=int, default=20000, help="pictures with written questions (vision-text)")
+    add("--clips", type=int, default=14000, help="spoken sentences (audio-text)")
+    add("--n", type=int, default=3200, help="spoken questions about pictures (vision-audio)")
     add("--test", type=int, default=800, help="held-out spoken questions (test)")
     add("--label-noise", type=float, default=0.25, help="share of wrong answers (vision-audio)")
     sub.set_defaults(run=make)

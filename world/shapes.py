@@ -23,10 +23,10 @@ PLACES = ("top left", "top right", "bottom left", "bottom right")  # the cells, 
 NUMBERS = ("zero", "one", "two", "three", "four")
 KINDS = ("color", "shape", "count", "existence", "place", "description")
 ALIGN_KINDS = ("relation", "attribute")
-LIST_KINDS = ("by shape", "by color")  # only while a base learns to see: find things by their looks
+LIST_KINDS = ("by shape", "by color", "by side")  # of a base alone: they teach it to see
 # How often a base that can see is asked what: the more, the longer it takes to learn.
-BASE_KINDS = (("shape", "description", "relation") + 2 * ("color",) + 3 * ("place", "attribute")
-              + 4 * ("existence",) + 5 * ("count",))
+BASE_KINDS = (("shape", "description", "by side") + 2 * ("color",) + 3 * ("place",)
+              + 4 * ("existence",) + 5 * ("count", "attribute") + 8 * ("relation",))
 CLASSES = {"color": tuple(COLORS), "shape": SHAPES, "count": NUMBERS, "existence": ("yes", "no"),
            "place": PLACES}  # the words that an answer of each kind may have
 INSTRUCTION = "say it again"  # follows what is to be repeated (text) or transcribed (speech)
@@ -43,6 +43,7 @@ QUESTIONS = {
     "description": ("describe the picture", "what do you see", "tell me what the picture shows"),
     "by shape": ("list the shapes",),
     "by color": ("list the colors",),
+    "by side": ("list {x}",),
     "relation": ("which is right {a} or {b}", "what do you see {a} or {b}"),
     "attribute": ("which is right {a} or {b}", "what do you see {a} or {b}"),
 }
@@ -55,6 +56,7 @@ ANSWERS = {
     "description": ("{y}", "i see {y}", "the picture shows {y}"),
     "by shape": ("{y}",),
     "by color": ("{y}",),
+    "by side": ("{y}",),
     "relation": ("{y}", "it is {y}", "i see {y}"),
     "attribute": ("{y}", "it is {y}", "i see {y}"),
 }
@@ -183,21 +185,33 @@ def differing_pairs(scene):
             if scene[a][0] != scene[b][0] and scene[a][1] != scene[b][1]]
 
 
+def side(a, b):
+    """Returns on which side of cell b cell a lies; None if they are no neighbours."""
+    if a // 2 == b // 2:
+        return "left of" if a < b else "right of"
+    return ("above" if a < b else "below") if a % 2 == b % 2 else None
+
+
+def ask_by_side(rng, scene):
+    """Asks for a list of all neighbours that stand in one relation: "star left of circle"."""
+    pairs = [(side(a, b), a, b) for a in scene for b in scene if a != b and side(a, b)]
+    if not pairs:
+        return None
+    wanted = rng.choice(pairs)[0]
+    return wanted, " and ".join(f"{scene[a][1]} {wanted} {scene[b][1]}"
+                                for relation, a, b in pairs if relation == wanted)
+
+
 def ask_relation(rng, scene):
     """Asks how two neighbours stand, which are told apart by their shapes alone."""
     shapes = [shape for _, shape in scene.values()]
-    pairs = [(a, b) for a, b in differing_pairs(scene)
-             if (a % 2 == b % 2) != (a // 2 == b // 2)
+    pairs = [(a, b) for a, b in differing_pairs(scene) if side(a, b)
              and shapes.count(scene[a][1]) == shapes.count(scene[b][1]) == 1]
     if not pairs:
         return None
     a, b = rng.choice(pairs)
-    if a // 2 == b // 2:
-        relation = "left of" if a < b else "right of"
-    else:
-        relation = "above" if a < b else "below"
     first, second = scene[a][1], scene[b][1]
-    return f"a {second} {relation} a {first}", f"a {first} {relation} a {second}"
+    return f"{second} {side(a, b)} {first}", f"{first} {side(a, b)} {second}"
 
 
 def ask_attribute(rng, scene):
@@ -210,13 +224,14 @@ def ask_attribute(rng, scene):
     # Both sentences must not hold at once: the swapped objects may stand in the scene, too.
     if {(color_b, shape_a), (color_a, shape_b)} & set(scene.values()):
         return None
-    return (f"a {color_b} {shape_a} and a {color_a} {shape_b}",
-            f"a {color_a} {shape_a} and a {color_b} {shape_b}")
+    return (f"{color_b} {shape_a} and {color_a} {shape_b}",
+            f"{color_a} {shape_a} and {color_b} {shape_b}")
 
 
 ASK = {"color": ask_color, "shape": ask_shape, "count": ask_count, "existence": ask_existence,
        "place": ask_place, "description": ask_description, "by shape": ask_by_shape,
-       "by color": ask_by_color, "relation": ask_relation, "attribute": ask_attribute}
+       "by color": ask_by_color, "by side": ask_by_side, "relation": ask_relation,
+       "attribute": ask_attribute}
 
 
 def ask(rng, scene, kind):
@@ -261,7 +276,9 @@ def draw_question(rng, scene, kinds, noise=0.0):
     else:
         return None
     question, about, label = result
-    stated = wrong_answer(rng, scene, kind, label) if rng.random() < noise else label
+    stated = label
+    if rng.random() < noise:
+        stated = about if kind in ALIGN_KINDS else wrong_answer(rng, scene, kind, label)
     sample = {"kind": kind, "question": question,
               "answer": word_answer(rng, kind, about, stated), "label": label}
     return {**sample, "false": about} if kind in ALIGN_KINDS else sample
@@ -270,7 +287,7 @@ def draw_question(rng, scene, kinds, noise=0.0):
 def draw_sentence(rng):
     """Draws something to say or to repeat without a picture: a question, or an answer."""
     scene = draw_scene(rng, held_out=False)
-    sample = draw_question(rng, scene, 2 * KINDS + ALIGN_KINDS)
+    sample = draw_question(rng, scene, KINDS + 2 * ALIGN_KINDS)
     return sample["answer"] if rng.random() < 0.25 else sample["question"]
 
 
