@@ -188,11 +188,11 @@ def collate(samples, tokenizer, mel_extractor, settings, answers=True, positions
 
     Returns {"pixels" (tiles, 3, H, W), "prefix": {"ids", "mask"} (B, P), "text": query,
     "mel" (B, M, F), "n_frames" (B,), "audio": query}; what the samples lack is None. A query is
-    {"ids", with AUDIO_SLOT where speech goes, "mask", "labels", "positions"}, each (B, S); in shared
-    rows also "part" (B, S), which of the samples a token belongs to.
+    {"ids", with AUDIO_SLOT where speech goes, "mask", "labels", "positions"}, each (B, S); in
+    shared rows also "part" (B, S), which of the samples a token belongs to.
     """
-    numbers = range(len(samples))
-    rows = [list(row) for _, row in itertools.groupby(numbers, lambda i: samples[i].get("group", i))]
+    rows = itertools.groupby(range(len(samples)), lambda i: samples[i].get("group", i))
+    rows = [list(row) for _, row in rows]  # numbers of the samples in each row
     tiles = [samples[row[0]]["pixels"] for row in rows if "pixels" in samples[row[0]]]
     image_tokens = [len(s.get("pixels", ())) * settings["tokens_per_tile"] for s in samples]
     texts = [s.get("question", "") for s in samples]
