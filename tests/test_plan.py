@@ -19,9 +19,9 @@ from world.models import build_audio_encoder, build_lvlm
 
 LLM_TYPES = ("qwen2", "llama", "phi3", "qwen2_vl_text")
 WHISPER = WhisperConfig(**plan.WHISPER_LARGE_V3)
-PUBLISHED = {"internvl2-1b": 938_158_976, "internvl2-2b": 2_205_754_368,
-             "internvl2-4b": 4_146_855_936, "internvl2-8b": 8_075_365_376,
-             "qwen2-vl-2b": 2_208_985_600, "qwen2-vl-7b": 8_291_375_616}
+PARAMETERS = {"internvl2-1b": 938_158_976, "internvl2-2b": 2_205_754_368,
+              "internvl2-4b": 4_146_855_936, "internvl2-8b": 8_075_365_376,
+              "qwen2-vl-2b": 2_208_985_600, "qwen2-vl-7b": 8_291_375_616}
 
 
 def build(llm_type, vocabulary=2000):
@@ -57,8 +57,8 @@ def test_parameters(base):
     config = plan.base_config(base)
     with torch.device("meta"):
         lvlm, audio = AutoModelForImageTextToText.from_config(config), WhisperEncoder(WHISPER)
-    assert lvlm.num_parameters() == PUBLISHED[base]
-    assert 0.998 < plan.base_parameters(config) / PUBLISHED[base] < 1
+    assert lvlm.num_parameters() == PARAMETERS[base]
+    assert 0.998 < plan.base_parameters(config) / PARAMETERS[base] < 1
     projector = (WHISPER.d_model + 1) * config.text_config.hidden_size
     trained = audio.num_parameters() + projector
     assert 0.996 < plan.trained_parameters(config, WHISPER) / trained < 1
