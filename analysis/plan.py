@@ -51,7 +51,7 @@ def asr_clip(seconds):
             "answers": 3 * seconds, "frames": 100 * seconds}
 
 
-# ---- weights: of the linear maps alone, biases, norms and positions are 0.3 % at most ------------
+# ---- weights: of the linear maps alone, biases, norms and positions are 0.4 % at most ------------
 
 
 def key_width(llm):
