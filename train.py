@@ -46,8 +46,8 @@ PRESETS = {
     "shapes": {  # the built-in world: nothing is downloaded
         "lvlm": None,
         "whisper": None,
-        "vision-text": {"lr": 1.5e-3, "global_batch": 12, "micro_batch": 12},  # of four questions
-        "audio-text": {"lr": 1.5e-3, "global_batch": 8, "micro_batch": 8},
+        "vision-text": {"lr": 1.2e-3, "global_batch": 12, "micro_batch": 12},  # of four questions
+        "audio-text": {"lr": 1.5e-3, "global_batch": 8, "micro_batch": 4},
         "vision-audio": {"lr": 1e-3, "global_batch": 8, "micro_batch": 8},
     },
     "internvl2-1b": {  # the paper's section 4.1; micro-batches are ours

@@ -41,8 +41,8 @@ def make_scene(i, folder, seed):
     rng = random.Random(f"{seed}/vision-text/{i}")
     line = {"group": i, "phase": 1}
 
-    # One in five is text alone, to be repeated: the LLM learns to copy; alignment builds on that.
-    if i % 5 == 4:
+    # One in ten is text alone, to be repeated: the LLM learns to copy; alignment builds on that.
+    if i % 10 == 9:
         sentences = [shapes.draw_sentence(rng) for _ in range(SCENE_QUESTIONS)]
         return [{"id": f"{i:06}-{j}", **line, "question": f"{sentence} {shapes.INSTRUCTION}",
                  "answer": sentence} for j, sentence in enumerate(sentences)]
@@ -132,7 +132,7 @@ def add_command(commands):
     add("--seed", type=int, default=0, help="what is drawn, asked and spoken")
     add("--out", help="folder for the parts (default: runs/shapes/data-s<seed>)")
     add("--parts", nargs="+", default=PARTS, choices=PARTS, help="which parts to make")
-    add("--scenes", type=int, default=20000, help="pictures with written questions (vision-text)")
+    add("--scenes", type=int, default=26000, help="pictures with written questions (vision-text)")
     add("--clips", type=int, default=14000, help="spoken sentences (audio-text)")
     add("--n", type=int, default=3200, help="spoken questions about pictures (vision-audio)")
     add("--test", type=int, default=800, help="held-out spoken questions (test)")

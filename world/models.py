@@ -41,7 +41,7 @@ def build_lvlm():
                   image_size=[shapes.SIZE] * 2, patch_size=[16, 16], attention_bias=True,
                   use_mean_pooling=True, layer_scale_init_value=0.5, initializer_range=0.08)
     text = dict(model_type="qwen2", vocab_size=len(tokenizer), hidden_size=128, num_hidden_layers=4,
-                num_attention_heads=8, num_key_value_heads=8, intermediate_size=256,
+                num_attention_heads=4, num_key_value_heads=4, intermediate_size=256,
                 max_position_embeddings=POSITIONS, initializer_range=0.08)
     image_token_id = tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")
     config = InternVLConfig(vision_config=vision, text_config=text, image_token_id=image_token_id,
@@ -50,7 +50,7 @@ def build_lvlm():
 
     with torch.no_grad():
         # InternVL's positions begin at 0: beside the patches they would be too small for long.
-        nn.init.normal_(lvlm.model.vision_tower.embeddings.position_embeddings, std=0.3)
+        nn.init.normal_(lvlm.model.vision_tower.embeddings.position_embeddings, std=1.0)
         # A word is read and said in the same direction at first: so it is sooner seen in a picture.
         lvlm.lm_head.weight.copy_(lvlm.get_input_embeddings().weight)
     settings = {"system": "", "image_size": shapes.SIZE, "tokens_per_tile": 4, "max_tiles": 1,

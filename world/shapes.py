@@ -23,10 +23,10 @@ PLACES = ("top left", "top right", "bottom left", "bottom right")  # the cells, 
 NUMBERS = ("zero", "one", "two", "three", "four")
 KINDS = ("color", "shape", "count", "existence", "place", "description")
 ALIGN_KINDS = ("relation", "attribute")
-LIST_KINDS = ("by shape", "by color", "by side")  # of a base alone: they teach it to see
+LIST_KINDS = ("by shape", "by color", "by side", "by number")  # of a base alone: they teach it to see
 # How often a base that can see is asked what: the more, the longer it takes to learn.
-BASE_KINDS = (("shape", "description", "by side") + 2 * ("color",) + 3 * ("place",)
-              + 4 * ("existence",) + 5 * ("count", "attribute") + 8 * ("relation",))
+BASE_KINDS = (("shape", "description", "by side") + 2 * ("color",) + 3 * ("attribute",)
+              + 4 * ("relation",) + 5 * ("place", "count") + 6 * ("existence",))
 CLASSES = {"color": tuple(COLORS), "shape": SHAPES, "count": NUMBERS, "existence": ("yes", "no"),
            "place": PLACES}  # the words that an answer of each kind may have
 INSTRUCTION = "say it again"  # follows what is to be repeated (text) or transcribed (speech)
@@ -44,6 +44,7 @@ QUESTIONS = {
     "by shape": ("list the shapes",),
     "by color": ("list the colors",),
     "by side": ("list {x}",),
+    "by number": ("list the numbers",),
     "relation": ("which is right {a} or {b}", "what do you see {a} or {b}"),
     "attribute": ("which is right {a} or {b}", "what do you see {a} or {b}"),
 }
@@ -57,6 +58,7 @@ ANSWERS = {
     "by shape": ("{y}",),
     "by color": ("{y}",),
     "by side": ("{y}",),
+    "by number": ("{y}",),
     "relation": ("{y}", "it is {y}", "i see {y}"),
     "attribute": ("{y}", "it is {y}", "i see {y}"),
 }
@@ -179,6 +181,13 @@ def ask_by_color(rng, scene):
     return "", " and ".join(map(" ".join, things))
 
 
+def ask_by_number(rng, scene):
+    """Asks for how many there are of each colour and shape: "two red and one star and ..."."""
+    colors, shapes = zip(*scene.values())
+    counts = {**{c: colors.count(c) for c in COLORS}, **{s: shapes.count(s) for s in SHAPES}}
+    return "", " and ".join(f"{NUMBERS[n]} {word}" for word, n in counts.items() if n)
+
+
 def differing_pairs(scene):
     """Returns the pairs of cells whose objects have neither colour nor shape in common."""
     return [(a, b) for a in scene for b in scene
@@ -230,8 +239,8 @@ def ask_attribute(rng, scene):
 
 ASK = {"color": ask_color, "shape": ask_shape, "count": ask_count, "existence": ask_existence,
        "place": ask_place, "description": ask_description, "by shape": ask_by_shape,
-       "by color": ask_by_color, "by side": ask_by_side, "relation": ask_relation,
-       "attribute": ask_attribute}
+       "by color": ask_by_color, "by side": ask_by_side, "by number": ask_by_number,
+       "relation": ask_relation, "attribute": ask_attribute}
 
 
 def ask(rng, scene, kind):
