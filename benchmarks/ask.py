@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from benchmarks import endpoint
 from benchmarks.scorers import BENCHMARKS, image_of, prompt, read_tsv, score
-from data import pixels, tile
+from data import pixels
 from model import OLLM
 from plumbing import runs
 from plumbing.files import BadInput, at, only_writer, write_json_lines, write_text
@@ -92,14 +92,13 @@ def bench_rows(path, n, suffix):
 def bench_sample(row, forms, settings, args):
     """Returns a row as a sample: its picture, and its prompt in writing, and aloud if need be.
 
-    settings: {"max_tiles", "image_size"} of the picture's tiles; None leaves it whole (a server's)
+    settings: of the picture's tiles, as model.py has them; None leaves it as it is (a server's)
     """
     with at(row["where"]):
         sample = {"where": row["where"], "image": image_of(row), "question": row["prompt"],
                   "answer": ""}
         if settings:
-            tiles = tile(sample["image"], settings["max_tiles"], settings["image_size"])
-            sample["pixels"] = pixels(tiles)  # (N, 3, H, W)
+            sample["pixels"] = pixels(sample["image"], settings)
         if "audio" in forms:
             sample |= {"wave": speech(row["aloud"], args), "after": row["after"]}  # (samples,)
         return sample
