@@ -78,7 +78,7 @@ def evaluate(run, folder, kinds, args):
     Returns samples with "text", "audio" and "transcript"; the latter two are None for a base, and
     only a run of the stage audio-text transcribes.
     """
-    ollm = OLLM.load(run).place(args.device).eval()
+    ollm = OLLM.load(run, args.device).place(args.device).eval()
     if args.max_tiles:
         ollm.settings["max_tiles"] = args.max_tiles
     forms = ("text",) if ollm.audio_encoder is None else ("text", "audio")
@@ -105,7 +105,7 @@ def evaluate(run, folder, kinds, args):
 
 def answer_one(run, args):
     """Prints a run's answers to one question about one picture, in writing and aloud."""
-    ollm = OLLM.load(run).place(args.device).eval()
+    ollm = OLLM.load(run, args.device).place(args.device).eval()
     if ollm.audio_encoder is None:
         raise BadInput(f"{run}: cannot listen; give a run of the stage audio-text or vision-audio")
     if args.question is not None:

@@ -45,9 +45,8 @@ class OLLM(nn.Module):
 
     lvlm           transformers' InternVLForConditionalGeneration, or Qwen2VL...
     tokenizer      its tokenizer
-    settings       how prompts are made: {"llm" (a row of CHATS), "system", "image_size",
-                   "tokens_per_tile", "max_tiles", "instruction"}, "min_tiles" if pictures are not
-                   cut, and "audio_seconds" if speech is padded
+    settings       how prompts are made: real/families.py's lvlm_settings, and "audio_seconds" if
+                   speech is padded
     base           folder or hub id that the lvlm comes from; None if the lvlm itself is trained
     audio_encoder  transformers' WhisperEncoder; mel_extractor: its WhisperFeatureExtractor
     """
@@ -140,10 +139,10 @@ class OLLM(nn.Module):
     # ---- one image prefix, two questions, one answer ---------------------------------------------
 
     def positions(self, ids, mask, pixels):
-        """Returns the positions of ids (B, T), and what to add to those of later tokens (B, 1).
+        """Returns the positions of ids (B, T), and the shift (B, 1) of those that follow.
 
-        Padding takes no position. Qwen2-VL has three a token (3, B, T), the same but in a picture:
-        time, row and column there. It takes as many positions as its longer side has tokens.
+        Padding takes no position. Qwen2-VL has three a token (3, B, T): all the same, but time, row
+        and column in a picture, which takes as many positions as its longer side has tokens.
         """
         if not hasattr(self.lvlm.model, "get_rope_index"):
             return (mask.cumsum(1) - 1).clamp(min=0), 0
@@ -152,10 +151,7 @@ class OLLM(nn.Module):
         return self.lvlm.model.get_rope_index(ids, is_image, grid, attention_mask=mask)
 
     def encode_prefix(self, batch):
-        """Reads `<system><image>` once.
-
-        Returns the prefix: (keys and values, mask (B, P), what to add to later positions (B, 1)).
-        """
+        """Reads `<system><image>` once. Returns (keys and values, mask (B, P), shift (B, 1))."""
         ids, mask = batch["prefix"]["ids"], batch["prefix"]["mask"]  # (B, P), padded on the right
         positions, shift = self.positions(ids, mask, batch["pixels"])
         out = self.lvlm.model.language_model(
@@ -228,6 +224,8 @@ class OLLM(nn.Module):
         """
         end = self.tokenizer.convert_tokens_to_ids(CHATS[self.settings["llm"]]["end"])
         answers = query["ids"][:, :0]  # (B, tokens so far)
+        n_read = int((prefix[1].sum(1) + query["mask"].sum(1)).max())  # at most the limit
+        max_new_tokens = min(max_new_tokens, self.tokenizer.model_max_length - n_read + 1)
         while answers.size(1) < max_new_tokens and not (answers == end).any(1).all():
             hidden, prefix = self.continue_prefix(prefix, query, audio_tokens)
             token = self.lvlm.lm_head(hidden[:, -1]).argmax(-1, keepdim=True)  # (B, 1)
@@ -278,13 +276,17 @@ class OLLM(nn.Module):
             (folder / "ollm.json").write_text(json.dumps(about, indent=1) + "\n")
 
     @classmethod
-    def load(cls, run):
-        """Reads a run folder, all frozen. An LVLM's folder or hub id gives one without audio."""
+    def load(cls, run, device="cpu"):
+        """Reads a run folder, all frozen. An LVLM's folder or hub id gives one without audio.
+
+        device: on a GPU, the LVLM is there at once, in half precision, as `place` would have it
+        """
         about, base = runs.about(run), runs.base_of(run)
         with at(run):
             if base != run and runs.fingerprint(base) != about["base_fingerprint"]:
                 raise BadInput(f"was trained on another base than lies in {base} now")
-            lvlm = load_lvlm(base)
+            half = torch.device(device).type == "cuda"
+            lvlm = load_lvlm(base, None, torch.bfloat16 if half else torch.float32, device)
             tokenizer = load_tokenizer(base, lvlm.config.text_config)
             settings = {"llm": "qwen2", **(about["settings"] or lvlm_settings(lvlm))}
             if base == run:

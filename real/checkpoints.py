@@ -94,8 +94,12 @@ def load_weights(module, tensors):
             if tensor.shape != own[key].shape:  # copy_ would broadcast
                 raise BadInput(f"{key} has the shape {tuple(tensor.shape)}, "
                                f"not {tuple(own[key].shape)}")
+            # A head that is tied to the embeddings is one tensor with two names.
+            place = own[key].data_ptr()
+            if place in loaded and not torch.equal(own[key], tensor.to(own[key])):
+                raise BadInput(f"{key} is stored, but tied to another tensor")
             own[key].copy_(tensor)
-            loaded.add(own[key].data_ptr())  # a head that is tied to the embeddings has two names
+            loaded.add(place)
 
     missing = [key for key in own if own[key].data_ptr() not in loaded]
     if missing or unknown:
@@ -129,6 +133,7 @@ def load_lvlm(path, image_token_id=None, dtype=torch.float32, device="cpu"):
             config = native_config(config, image_token_id)
         with no_init_weights():  # up to 8 billion random numbers that nobody would look at
             lvlm = AutoModelForImageTextToText.from_config(config, dtype=dtype).to(device)
+        lvlm.tie_weights()
         load_weights(lvlm, rename(stored_tensors(folder), NAMES[layout], config.text_config))
         return lvlm.eval()
 
@@ -161,7 +166,7 @@ def native_config(config, image_token_id):
     text_keys = (*same, "vocab_size", "num_key_value_heads", "rms_norm_eps",
                  "max_position_embeddings")
     text_config = {key: llm[key] for key in text_keys}
-    text_config |= {"model_type": LLMS[family], "rope_parameters": rotations(llm),
+    text_config |= {**rotations(llm), "model_type": LLMS[family],
                     "bos_token_id": llm.get("bos_token_id"),
                     "eos_token_id": llm.get("eos_token_id"),
                     "pad_token_id": None}  # Phi-3's default lies outside of small vocabularies
@@ -176,14 +181,13 @@ def native_config(config, image_token_id):
 
 
 def rotations(llm):
-    """Returns transformers' rope_parameters for an original llm_config."""
-    scaling = {"type": "default", **(llm.get("rope_scaling") or {})}
+    """Returns how an original llm_config turns keys, as two values of transformers' text_config."""
+    scaling = dict(llm.get("rope_scaling") or {"type": "default"})
     kind = scaling.pop("type")
-    rope = {"rope_theta": llm["rope_theta"], "rope_type": kind, **scaling}
-    if kind == "su":  # Phi-3's, which has been renamed
-        limit = llm["original_max_position_embeddings"]
-        rope |= {"rope_type": "longrope", "original_max_position_embeddings": limit}
-    return rope
+    rope = {"rope_type": {"su": "longrope"}.get(kind, kind),  # Phi-3's, which has been renamed
+            "rope_theta": llm["rope_theta"], **scaling}
+    limit = {key: llm[key] for key in ["original_max_position_embeddings"] if key in llm}
+    return limit | {"rope_parameters": rope}
 
 
 def rename(tensors, names, llm):
