@@ -9,25 +9,31 @@ own, so its native pass over whole sequences, with its own positions, is the ref
 import json
 import os
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import FIXTURES, build_lvlm_folder, collate, write_tokenizer
+from conftest import (FIXTURES, ROOT, build_lvlm_folder, build_whisper, collate, run_here,
+                      write_tokenizer)
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from test_bench_tsv import write_benchmarks
 from test_model import ANSWERS, QUESTIONS
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText
 
 import data
 from analysis.bench import to_float64
 from data import AUDIO_SLOT, IGNORE
 from loss import self_kd_loss
 from model import OLLM
+from plumbing import runs
 from plumbing.files import BadInput
 from real import checkpoints
-from real.families import CHATS, INTERNVL2, lvlm_settings
+from real.families import CHATS
 from world.models import build_audio_encoder
 
 FAMILIES = ("qwen2", "llama", "phi3", "qwen2_vl", "untied")  # the last two are Qwen2-VL
@@ -417,3 +423,74 @@ def test_a_tokenizer_without_the_chats_marks_is_refused(tmp_path):
     shutil.copy(FIXTURES / "internvl2_tiny_internlm2/tokenizer_config.json", folder)
     with pytest.raises(BadInput, match="it lacks"):
         OLLM.load(folder)
+
+
+# ---- whole runs ----
+
+PRESETS = {"llama": "internvl2-2b", "phi3": "internvl2-4b", "qwen2_vl": "qwen2-vl-2b",
+           "untied": "qwen2-vl-7b"}
+FEW = ("--device", "cpu", "--global-batch", 4, "--micro-batch", 2, "--max-steps", 2)
+
+
+def run(script, *arguments, cwd):
+    done = run_here(script, *arguments, cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def align(family, world, folder):
+    """Trains audio-text from a family's tiny checkpoint; returns (preset's flags, LVLM, run)."""
+    lvlm, whisper = build_lvlm_folder(family, folder), build_whisper(folder / "whisper")
+    flags = ("--preset", PRESETS[family], *FEW)
+    run("train.py", *flags, "--stage", "audio-text", "--init", lvlm, "--whisper", whisper,
+        "--data", world / "audio-text", cwd=folder)
+    return flags, lvlm, folder / f"runs/{PRESETS[family]}/audio-text-s0"
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "qwen2_vl"])
+def test_a_published_checkpoint_is_trained_and_evaluated(family, world, tmp_path):
+    flags, lvlm, aligned = align(family, world, tmp_path)
+    trained = tmp_path / "trained"
+    run("train.py", *flags, "--alpha", 0.75, "--data", world / "vision-audio", "--max-tiles", 1,
+        "--out", trained, cwd=tmp_path)
+    before, after = OLLM.load(aligned), OLLM.load(trained)
+    assert after.settings["max_tiles"] == 1 and runs.base_of(trained) == lvlm
+    assert not torch.equal(before.projector.weight, after.projector.weight)
+    for name, value in before.lvlm.state_dict().items():
+        assert torch.equal(value, after.lvlm.state_dict()[name]), name
+
+    answer = run("eval.py", trained, "--image", world / "test/images/000000.png", "--question",
+                 "What is this?", cwd=tmp_path)
+    assert answer.startswith("text ") and "What is this? (espeak-ng)" in answer
+    assert "relation" in run("mmalign.py", trained, "--data", world / "test", "--n", 2,
+                             cwd=tmp_path)
+    (tmp_path / "tsv").mkdir()
+    write_benchmarks(tmp_path / "tsv")
+    table = run("eval.py", trained, "--bench", "tsv/RealWorldQA.tsv", "--n", 1,
+                "--max-new-tokens", 2, "--suffix", "written", cwd=tmp_path)
+    line, = (trained / "predictions").glob("RealWorldQA*.jsonl")
+    prompt = json.loads(line.read_text())["prompt"]
+    assert "RWQA" in table and prompt.startswith("Question: ") == (family == "qwen2_vl")
+    for script in ("analysis.attention", "analysis.probe"):
+        assert "KD 0.75" in run(script, trained, "--data", world / "test", "--n", 2, cwd=tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", PRESETS)
+def test_a_killed_run_ends_with_the_bytes_of_an_undisturbed_one(family, world, tmp_path):
+    flags, _, aligned = align(family, world, tmp_path)
+    command = ["train.py", *flags, "--alpha", 0.75, "--init", aligned, "--max-tiles", 1,
+               "--data", world / "vision-audio", "--save-every", 1, "--max-steps", 4]
+    run(*command, "--out", tmp_path / "whole", cwd=tmp_path)
+
+    killed = tmp_path / "killed"
+    words = [sys.executable, ROOT / command[0], *command[1:], "--out", killed]
+    process = subprocess.Popen(list(map(str, words)), cwd=tmp_path, stdout=subprocess.DEVNULL)
+    while process.poll() is None and not (killed / "checkpoint.safetensors").exists():
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert not runs.finished(killed)
+    assert "going on after step" in run(*command, "--out", killed, cwd=tmp_path)
+    whole, resumed = (folder / "model.safetensors" for folder in (tmp_path / "whole", killed))
+    assert whole.read_bytes() == resumed.read_bytes()
