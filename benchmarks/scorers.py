@@ -25,6 +25,7 @@ from torchaudio.functional import edit_distance
 
 from plumbing.files import BadInput, at
 from plumbing.media import load_image
+from real.families import CHATS, QWEN2_VL
 
 # By the file's stem: the paper's columns, and which of the scorer's numbers stands in each.
 BENCHMARKS = {
@@ -146,7 +147,7 @@ def prompt(benchmark, row, llm="qwen2"):
     Follows InternVLChat.build_prompt, or Qwen2VLPromptMixin's; the parts are to be joined without a
     blank. llm: model.py's setting, which names the family
     """
-    if llm in ("qwen2_vl_text", "qwen2_5_vl_text"):
+    if CHATS[llm] == QWEN2_VL:
         return qwen2_vl_prompt(benchmark, row)
     if benchmark == "RealWorldQA":
         lines = [f"{letter}. {option}" for letter, option in options(row).items()]

@@ -65,6 +65,7 @@ NAMES = {  # by config.json's model_type: published parameter names, as patterns
         (r"^visual\.", "model.visual."),
         (r"^model\.(embed_tokens|layers|norm)\.", r"model.language_model.\1.")),
 }
+NAMES["qwen2_5_vl"] = NAMES["qwen2_vl"]
 
 
 # ---- weights -------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ BASES = {  # by preset: hub id, and how many clips of 30 s audio-text takes at o
     "internvl2-8b": ("OpenGVLab/InternVL2-8B", 4),
     "qwen2-vl-2b": ("Qwen/Qwen2-VL-2B-Instruct", 8),
     "qwen2-vl-7b": ("Qwen/Qwen2-VL-7B-Instruct", 4),
+    "qwen2.5-vl-3b": ("Qwen/Qwen2.5-VL-3B-Instruct", 8),  # not of the paper
 }
 PATCHES_PER_TOKEN = 4  # of a Qwen2-VL: 2 x 2 patches of 14 x 14 pixels
 
@@ -25,6 +26,13 @@ INTERNVL2 = {
     "before": "<|im_start|>system\n{}<|im_end|><|im_start|>user\n",
     "image": ("<img>", "<IMG_CONTEXT>", "</img>\n"),
     "after": "<|im_end|><|im_start|>assistant\n",
+    "end": "<|im_end|>"}
+QWEN2_VL = {
+    "template": None,
+    "system": "You are a helpful assistant.",
+    "before": "<|im_start|>system\n{}<|im_end|>\n<|im_start|>user\n",
+    "image": ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>"),
+    "after": "<|im_end|>\n<|im_start|>assistant\n",
     "end": "<|im_end|>"}
 CHATS = {
     # InternVL2-1B, and the built-in world
@@ -37,13 +45,8 @@ CHATS = {
         "before": "<s> <|system|>\n{}<|end|><|user|>\n",
         "after": "<|end|><|assistant|>\n",
         "end": "<|end|>"},
-    "qwen2_vl_text": {
-        "template": None,
-        "system": "You are a helpful assistant.",
-        "before": "<|im_start|>system\n{}<|im_end|>\n<|im_start|>user\n",
-        "image": ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>"),
-        "after": "<|im_end|>\n<|im_start|>assistant\n",
-        "end": "<|im_end|>"},
+    "qwen2_vl_text": QWEN2_VL,
+    "qwen2_5_vl_text": QWEN2_VL,
 }
 
 

@@ -188,7 +188,7 @@ def build_lvlm_folder(family, folder):
     if family in ("llama", "phi3"):
         name = {"llama": "internlm2"}.get(family, family)
         return shutil.copytree(FIXTURES / f"internvl2_tiny_{name}", folder / name)
-    return build_qwen2_vl(folder, tied=family != "untied")
+    return build_qwen2_vl(folder, family != "untied", "qwen2_vl" if family == "untied" else family)
 
 
 def build_whisper(folder):

@@ -36,7 +36,7 @@ from real import checkpoints
 from real.families import CHATS
 from world.models import build_audio_encoder
 
-FAMILIES = ("qwen2", "llama", "phi3", "qwen2_vl", "untied")  # the last two are Qwen2-VL
+FAMILIES = ("qwen2", "llama", "phi3", "qwen2_vl", "untied", "qwen2_5_vl")  # untied: Qwen2-VL
 SIZES = ((64, 64), (56, 120), (140, 56), (100, 60))
 
 
@@ -344,11 +344,11 @@ def test_weights_in_half_precision_leave_rotations_alone(family, tmp_path):
     for name, buffer in whole.named_buffers():
         assert torch.equal(buffers[name], buffer) and buffers[name].dtype == buffer.dtype, name
     tied = whole.lm_head.weight is whole.get_input_embeddings().weight
-    assert tied == (family == "qwen2_vl")
+    assert tied == family.endswith("_vl")
     assert (half.lm_head.weight is half.get_input_embeddings().weight) == tied
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "untied"])
+@pytest.mark.parametrize("family", ["qwen2_vl", "untied", "qwen2_5_vl"])
 def test_qwen2_vls_weights_are_those_that_transformers_reads(family, tmp_path):
     folder = build_lvlm_folder(family, tmp_path)
     ours, theirs = OLLM.load(folder).lvlm, AutoModelForImageTextToText.from_pretrained(folder)
@@ -428,7 +428,7 @@ def test_a_tokenizer_without_the_chats_marks_is_refused(tmp_path):
 # ---- whole runs ----
 
 PRESETS = {"llama": "internvl2-2b", "phi3": "internvl2-4b", "qwen2_vl": "qwen2-vl-2b",
-           "untied": "qwen2-vl-7b"}
+           "untied": "qwen2-vl-7b", "qwen2_5_vl": "qwen2.5-vl-3b"}
 FEW = ("--device", "cpu", "--global-batch", 4, "--micro-batch", 2, "--max-steps", 2)
 
 
