@@ -228,10 +228,9 @@ def collate(samples, tokenizer, mel_extractor, settings, answers=True, positions
                  "labels": pad_rows(labels, IGNORE)["ids"], "positions": pad_rows(places, 0)["ids"]}
         return query | ({"part": pad_rows(parts, -1)["ids"]} if len(rows) < len(samples) else {})
 
-    batch = {"pixels": None,
-             "prefix": pad([heads[row[0]] for row in rows], tokenizer.pad_token_id),
-             "text": None, "mel": None, "n_frames": None, "audio": None}
-
+    batch = {"prefix": pad([heads[row[0]] for row in rows], tokenizer.pad_token_id),
+             "pixels": None, "text": None, "mel": None, "n_frames": None, "audio": None}
+    # A picture is a dict of tensors, and so are those of the batch together.
     if pictures:
         batch["pixels"] = {key: torch.cat([picture[key] for picture in pictures])
                            for key in pictures[0]}

@@ -277,16 +277,12 @@ class OLLM(nn.Module):
 
     @classmethod
     def load(cls, run, device="cpu"):
-        """Reads a run folder, all frozen. An LVLM's folder or hub id gives one without audio.
-
-        device: on a GPU, the LVLM is there at once, in half precision, as `place` would have it
-        """
+        """Reads a run folder, all frozen. An LVLM's folder or hub id gives one without audio."""
         about, base = runs.about(run), runs.base_of(run)
         with at(run):
             if base != run and runs.fingerprint(base) != about["base_fingerprint"]:
                 raise BadInput(f"was trained on another base than lies in {base} now")
-            half = torch.device(device).type == "cuda"
-            lvlm = load_lvlm(base, None, torch.bfloat16 if half else torch.float32, device)
+            lvlm = load_lvlm(base, device=device)
             tokenizer = load_tokenizer(base, lvlm.config.text_config)
             settings = {"llm": "qwen2", **(about["settings"] or lvlm_settings(lvlm))}
             if base == run:

@@ -111,14 +111,18 @@ def load_weights(module, tensors):
 # ---- LVLMs ---------------------------------------------------------------------------------------
 
 
-def load_lvlm(path, image_token_id=None, dtype=torch.float32, device="cpu"):
+def load_lvlm(path, image_token_id=None, dtype=None, device="cpu"):
     """Returns the LVLM of a folder or hub id: InternVLForConditionalGeneration, or Qwen2VL...
 
     InternVL's layout may be OpenGVLab's original one or transformers' own.
     image_token_id: of <IMG_CONTEXT>; None is what the tokenizer says (original layout only)
-    Each tensor goes as it is stored to the device, and into parameters of this dtype. Buffers keep
-    their own: with rounded angles, far positions would be wrong.
+    dtype: of the parameters; None is bfloat16 on a GPU, float32 elsewhere
+    Each tensor goes to the device as it is stored. Memory for all in float32 would not do: there
+    may be 8 billion, and as many processes. Buffers are not rounded: angles of far positions
+    would be wrong.
     """
+    if dtype is None:
+        dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
     folder = fetch(path)
     config = read_json(folder / "config.json")
     with at(path):

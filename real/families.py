@@ -2,10 +2,8 @@
 
 CHATS has a row for each family, named by its LLM (transformers' `text_config.model_type`, the
 setting "llm"): all that stands around a question, to the letter, as the LVLM learnt it. One more
-LVLM is one more row, and the names that checkpoints.py reads. There is nothing to run here.
+LVLM is one more row, and its parameters' names in checkpoints.py. There is nothing to run here.
 """
-
-from transformers import Qwen2VLImageProcessorPil
 
 from plumbing.files import BadInput, at
 
@@ -34,7 +32,7 @@ QWEN2_VL = {
     "image": ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>"),
     "after": "<|im_end|>\n<|im_start|>assistant\n",
     "end": "<|im_end|>"}
-CHATS = {
+CHATS = {  # "template" is what OpenGVLab's config.json calls a chat
     # InternVL2-1B, and the built-in world
     "qwen2": INTERNVL2 | {"template": "Hermes-2"},
     # InternVL2-2B and -8B: InternLM2
@@ -75,6 +73,8 @@ def picture_patches(image, settings):
 
     The picture is whole, nearly keeps its shape, and has the area of min_tiles to max_tiles.
     """
+    from transformers import Qwen2VLImageProcessorPil  # seconds, which other LVLMs need not wait
+
     area = settings["image_size"] ** 2
     size = {"shortest_edge": settings["min_tiles"] * area,  # areas, whatever they are called
             "longest_edge": settings["max_tiles"] * area}
