@@ -145,21 +145,24 @@ def write_tokenizer(folder, special):
          "tokenizer_class": "Qwen2Tokenizer", "model_max_length": 8192}))
 
 
+QWEN2_VL_TOKENS = [f"<|{name}|>" for name in (
+    "endoftext", "im_start", "im_end", "object_ref_start", "object_ref_end", "box_start", "box_end",
+    "quad_start", "quad_end", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad")]
+
+
 def build_qwen2_vl(folder, tied=True, kind="qwen2_vl"):
     """A tiny Qwen2-VL in the layout that it is published in: a flat config.json, older names."""
     torch.manual_seed(0)
     folder = folder / kind
     folder.mkdir()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
-               "<|image_pad|>", "<|video_pad|>"]
-    special = {token: 185 + i for i, token in enumerate(special)}
+    special = {token: 185 + i for i, token in enumerate(QWEN2_VL_TOKENS)}
     write_tokenizer(folder, special)
     vision = {"depth": 2, "hidden_size": 64, "out_hidden_size": 64, "embed_dim": 32, "num_heads": 2,
               "mlp_ratio": 2, "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2,
               "in_chans": 3}
     if kind == "qwen2_5_vl":
         vision |= {"hidden_size": 32, "intermediate_size": 64, "fullatt_block_indexes": [1]}
-    flat = {"model_type": kind, "hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 192,
+    flat = {"model_type": kind, "hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 200,
             "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 96,
             "rms_norm_eps": 1e-6, "rope_theta": 1e6, "max_position_embeddings": 4096,
             "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
@@ -170,15 +173,20 @@ def build_qwen2_vl(folder, tied=True, kind="qwen2_vl"):
             "eos_token_id": special["<|im_end|>"]}
     (folder / "config.json").write_text(json.dumps(flat))
     lvlm = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder))
+    save_file(published_names(lvlm, tied), folder / "model.safetensors")
+    return folder
+
+
+def published_names(qwen2_vl, tied):
+    """Returns {name: tensor} of a Qwen2-VL as it is published; a head that is tied is not."""
     names = {"model.language_model.": "model.", "model.visual.": "visual."}
     tensors = {}
-    for name, tensor in lvlm.state_dict().items():
+    for name, tensor in qwen2_vl.state_dict().items():
         start = next((start for start in names if name.startswith(start)), "")
         tensors[names.get(start, "") + name.removeprefix(start)] = tensor
     if tied:
         tensors.pop("lm_head.weight")
-    save_file(tensors, folder / "model.safetensors")
-    return folder
+    return tensors
 
 
 def build_lvlm_folder(family, folder):

@@ -7,7 +7,9 @@ own, so its native pass over whole sequences, with its own positions, is the ref
 """
 
 import json
+import math
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -17,8 +19,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import (FIXTURES, ROOT, build_lvlm_folder, build_whisper, collate, run_here,
-                      write_tokenizer)
+import true_size
+from conftest import (FIXTURES, QWEN2_VL_TOKENS, ROOT, build_lvlm_folder, build_whisper, collate,
+                      run_here, run_script, write_tokenizer)
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_bench_tsv import write_benchmarks
@@ -225,7 +228,8 @@ def test_batched_answers_equal_one_by_one(family, form, tmp_path):
     def generate(samples):
         batch = collate(ollm, samples, answers=False)
         audio = ollm.hear(batch["mel"], batch["n_frames"]) if form == "audio" else None
-        return ollm.generate(ollm.encode_prefix(batch), batch[form], audio, max_new_tokens=8)
+        return ollm.generate(ollm.encode_prefix(batch), batch[form], audio, max_new_tokens=8,
+                             keep_end=True)
 
     together = generate(samples)
     assert together == [generate([sample])[0] for sample in samples]
@@ -260,10 +264,7 @@ def reference_prompts():
 
 def build_qwen2_vl_tokenizer(folder):
     """Qwen2-VL's tokenizer from that of InternVL2-1B: the same words, other special tokens."""
-    names = ("endoftext", "im_start", "im_end", "object_ref_start", "object_ref_end", "box_start",
-             "box_end", "quad_start", "quad_end", "vision_start", "vision_end", "vision_pad",
-             "image_pad", "video_pad")
-    write_tokenizer(folder, {f"<|{name}|>": 151_643 + i for i, name in enumerate(names)})
+    write_tokenizer(folder, {token: 151_643 + i for i, token in enumerate(QWEN2_VL_TOKENS)})
     for name in ("vocab.json", "merges.txt"):
         shutil.copyfile(Path(os.environ["INTERNVL2_1B"]) / name, folder / name)
 
@@ -494,3 +495,25 @@ def test_a_killed_run_ends_with_the_bytes_of_an_undisturbed_one(family, world, t
     assert "going on after step" in run(*command, "--out", killed, cwd=tmp_path)
     whole, resumed = (folder / "model.safetensors" for folder in (tmp_path / "whole", killed))
     assert whole.read_bytes() == resumed.read_bytes()
+
+
+@pytest.mark.slow
+def test_two_steps_of_each_stage_at_qwen2_vl_2bs_true_size(world, tmp_path):
+    """Its and Whisper-large-v3's shapes; minutes, 24 GB of memory, 20 GB of disk."""
+    lvlm, whisper = true_size.build_qwen2_vl(tmp_path), true_size.build_whisper(tmp_path)
+    few = ["--preset", "qwen2-vl-2b", "--global-batch", 1, "--max-steps", 2, "--device", "cpu",
+           "--max-tiles", 1, "--workers", 0]
+    for stage in (["--stage", "audio-text", "--init", lvlm, "--whisper", whisper],
+                  ["--alpha", 0.75]):
+        data_folder = world / ("audio-text" if "--stage" in stage else "vision-audio")
+        done = run_script("train.py", *stage, *few, "--data", data_folder, cwd=tmp_path,
+                          timeout=1800)
+        assert done.returncode == 0, done.stderr
+    for log in (tmp_path / "runs/qwen2-vl-2b").glob("*/log.jsonl"):
+        lines = [json.loads(line) for line in log.read_text().splitlines()]
+        seconds = [round(1 / line["time"]["samples_per_s"], 1) for line in lines]
+        assert len(lines) == 2 and all(math.isfinite(line["loss"]) for line in lines)
+        print(f"{log.parent.name}: seconds a step {seconds}")
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
+    print(f"peak memory {peak:.1f} GB")
+    assert peak < 24
