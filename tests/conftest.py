@@ -155,26 +155,29 @@ def build_qwen2_vl(folder, tied=True, kind="qwen2_vl"):
     torch.manual_seed(0)
     folder = folder / kind
     folder.mkdir()
-    special = {token: 185 + i for i, token in enumerate(QWEN2_VL_TOKENS)}
-    write_tokenizer(folder, special)
     vision = {"depth": 2, "hidden_size": 64, "out_hidden_size": 64, "embed_dim": 32, "num_heads": 2,
               "mlp_ratio": 2, "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2,
               "in_chans": 3}
     if kind == "qwen2_5_vl":
         vision |= {"hidden_size": 32, "intermediate_size": 64, "fullatt_block_indexes": [1]}
-    flat = {"model_type": kind, "hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 200,
+    flat = {"model_type": kind, "hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 199,
             "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 96,
             "rms_norm_eps": 1e-6, "rope_theta": 1e6, "max_position_embeddings": 4096,
             "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
-            "initializer_range": 0.08, "tie_word_embeddings": tied, "vision_config": vision,
-            "image_token_id": special["<|image_pad|>"], "video_token_id": special["<|video_pad|>"],
-            "vision_start_token_id": special["<|vision_start|>"],
-            "vision_end_token_id": special["<|vision_end|>"], "bos_token_id": 185,
-            "eos_token_id": special["<|im_end|>"]}
-    (folder / "config.json").write_text(json.dumps(flat))
+            "initializer_range": 0.08, "tie_word_embeddings": tied, "vision_config": vision}
+    (folder / "config.json").write_text(json.dumps(flat | write_qwen2_vl_tokenizer(folder)))
     lvlm = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder))
     save_file(published_names(lvlm, tied), folder / "model.safetensors")
     return folder
+
+
+def write_qwen2_vl_tokenizer(folder):
+    """Writes a tokenizer of letters and Qwen2-VL's special tokens; returns their ids' names."""
+    special = {token: 185 + i for i, token in enumerate(QWEN2_VL_TOKENS)}
+    write_tokenizer(folder, special)
+    names = {"bos": "endoftext", "eos": "im_end", "vision_start": "vision_start",
+             "vision_end": "vision_end", "image": "image_pad", "video": "video_pad"}
+    return {f"{key}_token_id": special[f"<|{name}|>"] for key, name in names.items()}
 
 
 def published_names(qwen2_vl, tied):

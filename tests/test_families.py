@@ -219,7 +219,7 @@ def test_one_dimensional_positions_would_be_seen(tmp_path, monkeypatch):
     assert abs(ours - theirs) > 1e-6 * theirs
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llama", "phi3", "untied"])
 @pytest.mark.parametrize("form", ["text", "audio"])
 def test_batched_answers_equal_one_by_one(family, form, tmp_path):
     ollm = build_listener(family, tmp_path)
@@ -228,8 +228,7 @@ def test_batched_answers_equal_one_by_one(family, form, tmp_path):
     def generate(samples):
         batch = collate(ollm, samples, answers=False)
         audio = ollm.hear(batch["mel"], batch["n_frames"]) if form == "audio" else None
-        return ollm.generate(ollm.encode_prefix(batch), batch[form], audio, max_new_tokens=8,
-                             keep_end=True)
+        return ollm.generate(ollm.encode_prefix(batch), batch[form], audio, max_new_tokens=8)
 
     together = generate(samples)
     assert together == [generate([sample])[0] for sample in samples]

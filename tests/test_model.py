@@ -202,7 +202,8 @@ def test_greedy_generation_equals_the_native_model_s():
     ids = torch.cat([batch["prefix"]["ids"], batch["text"]["ids"]], 1)
     new = ollm.lvlm.generate(input_ids=ids, attention_mask=torch.ones_like(ids),
                              pixel_values=data.normalize(batch["pixels"]["pixel_values"]),
-                             max_new_tokens=10, do_sample=False, pad_token_id=ollm.tokenizer.pad_token_id,
+                             max_new_tokens=10, do_sample=False,
+                             pad_token_id=ollm.tokenizer.pad_token_id,
                              eos_token_id=ollm.tokenizer.eos_token_id)[0, ids.size(1):]
     assert ours == ollm.tokenizer.decode(new, skip_special_tokens=True).strip()
 

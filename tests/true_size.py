@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import torch
-from conftest import QWEN2_VL_TOKENS, build_internvl2, published_names, write_tokenizer
+from conftest import build_internvl2, published_names, write_qwen2_vl_tokenizer
 from safetensors.torch import save_file
 from transformers import (AutoConfig, AutoModelForImageTextToText, WhisperConfig,
                           WhisperFeatureExtractor)
@@ -25,10 +25,8 @@ QWEN2_VL_2B = {
     "model_type": "qwen2_vl", "hidden_size": 1536, "num_hidden_layers": 28,
     "num_attention_heads": 12, "num_key_value_heads": 2, "intermediate_size": 8960,
     "vocab_size": 151936, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "tie_word_embeddings": True,
-    "max_position_embeddings": 32768, "image_token_id": 151655, "video_token_id": 151656,
+    "max_position_embeddings": 32768,
     "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
-    "vision_start_token_id": 151652, "vision_end_token_id": 151653,
-    "bos_token_id": 151643, "eos_token_id": 151645,
     "vision_config": {"depth": 32, "embed_dim": 1280, "hidden_size": 1536, "num_heads": 16,
                       "mlp_ratio": 4, "patch_size": 14, "spatial_merge_size": 2,
                       "temporal_patch_size": 2, "in_chans": 3}}
@@ -89,8 +87,8 @@ def build_qwen2_vl(folder, **smaller):
     torch.manual_seed(0)
     folder = folder / "qwen2-vl-2b"
     folder.mkdir()
-    write_tokenizer(folder, {token: 151_643 + i for i, token in enumerate(QWEN2_VL_TOKENS)})
-    (folder / "config.json").write_text(json.dumps(QWEN2_VL_2B | smaller))
+    config = QWEN2_VL_2B | write_qwen2_vl_tokenizer(folder) | smaller
+    (folder / "config.json").write_text(json.dumps(config))
     with torch.device("meta"):
         lvlm = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder))
     if not smaller:
