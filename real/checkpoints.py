@@ -243,6 +243,8 @@ def load_tokenizer(path, llm=None):
                    if tokenizer(mark).input_ids != [vocabulary.get(mark)]]
         if missing or tokenizer.pad_token_id is None:
             raise BadInput(f"it lacks {missing or 'a token for padding'}")
+        if max(vocabulary.values()) >= llm.vocab_size:
+            raise BadInput(f"it has tokens beyond the LLM's {llm.vocab_size:,}")
         if tokenizer(chat["end"] + "A").input_ids[1:] != tokenizer("A").input_ids:
             raise BadInput("it puts something before a text that stands alone")
         limit = llm.rope_parameters.get("original_max_position_embeddings",

@@ -29,6 +29,7 @@ from test_model import ANSWERS, QUESTIONS
 from transformers import AutoModelForImageTextToText
 
 import data
+import train
 from analysis.bench import to_float64
 from data import AUDIO_SLOT, IGNORE
 from loss import self_kd_loss
@@ -36,7 +37,7 @@ from model import OLLM
 from plumbing import runs
 from plumbing.files import BadInput
 from real import checkpoints
-from real.families import CHATS
+from real.families import BASES, CHATS
 from world.models import build_audio_encoder
 
 FAMILIES = ("qwen2", "llama", "phi3", "qwen2_vl", "untied", "qwen2_5_vl")  # untied: Qwen2-VL
@@ -359,16 +360,16 @@ def test_qwen2_vls_weights_are_those_that_transformers_reads(family, tmp_path):
     assert all(torch.equal(buffers[name], buffer) for name, buffer in ours.named_buffers())
 
 
-def change_config(folder, **keys):
-    """Sets keys of config.json: llm_config__vocab_size=3."""
-    config = json.loads((folder / "config.json").read_text())
+def change_config(folder, file="config.json", **keys):
+    """Sets keys of a JSON file: llm_config__vocab_size=3."""
+    config = json.loads((folder / file).read_text())
     for name, value in keys.items():
         *parents, last = name.split("__")
         place = config
         for parent in parents:
             place = place[parent]
         place[last] = value
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / file).write_text(json.dumps(config))
 
 
 @pytest.mark.parametrize("family, change, message", [
@@ -425,7 +426,24 @@ def test_a_tokenizer_without_the_chats_marks_is_refused(tmp_path):
         OLLM.load(folder)
 
 
+def test_a_token_beyond_the_embeddings_is_refused(tmp_path):
+    folder = build_lvlm_folder("qwen2_vl", tmp_path)
+    change_config(folder, pad_token="<|pad|>", file="tokenizer_config.json")
+    with pytest.raises(BadInput, match="beyond the LLM's 199"):
+        OLLM.load(folder)
+
+
 # ---- whole runs ----
+
+
+def test_the_papers_bases_have_its_settings():
+    assert len(BASES) == 7
+    for name, (lvlm, clips) in BASES.items():
+        preset = train.PRESETS[name]
+        assert lvlm.split("/")[1].lower().startswith(name) and preset["lvlm"] == lvlm
+        assert preset["audio-text"] == {"lr": 4e-5, "global_batch": 128, "micro_batch": clips}
+        assert preset["vision-audio"] == {"lr": 4e-5, "global_batch": 64, "micro_batch": 8}
+        assert 16 % clips == 0, "eight GPUs have 16 clips a step each"
 
 PRESETS = {"llama": "internvl2-2b", "phi3": "internvl2-4b", "qwen2_vl": "qwen2-vl-2b",
            "untied": "qwen2-vl-7b", "qwen2_5_vl": "qwen2.5-vl-3b"}
