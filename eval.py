@@ -18,6 +18,7 @@ import plumbing  # isort: skip  (before torch: it tells torch's threads how to w
 import random
 import re
 import statistics
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -175,17 +176,35 @@ def summarize(rows, kinds, average, score=score_answer, more=None):
 def print_differences(answers, score):
     """Prints each Self-KD run against SFT of the same seeds: the paired difference, its interval.
 
-    answers: {(run name, seed): rows}
+    answers: {(run name, seed): rows}. Of one seed, an example is printed, too.
     """
     sft = {seed: rows for (name, seed), rows in answers.items() if name == "SFT"}
     for name in sorted({name for name, _ in answers if name.startswith("KD")}):
         seeds = [seed for seed in sft if (name, seed) in answers]
-        before = [score(row, row["audio"]) for seed in seeds for row in sft[seed]]
-        after = [score(row, row["audio"]) for seed in seeds for row in answers[name, seed]]
-        if seeds:
-            mean, low, high = paired_bootstrap(before, after)
-            print(f"{name} - SFT, spoken: {mean:+.1f} points, 95 % interval {low:+.1f} to "
-                  f"{high:+.1f} ({len(before)} questions, seeds {', '.join(map(str, seeds))})")
+        if not seeds:
+            continue
+        pairs = [list(zip(sft[seed], answers[name, seed])) for seed in seeds]
+        before = [[score(row, row["audio"]) for row, _ in pair] for pair in pairs]
+        after = [[score(row, row["audio"]) for _, row in pair] for pair in pairs]
+        mean, low, high = paired_bootstrap(before, after)
+        print(f"{name} - SFT, spoken: {mean:+.1f} points, 95 % interval {low:+.1f} to {high:+.1f} "
+              f"({sum(map(len, before))} questions, seeds {', '.join(map(str, seeds))})")
+        if len(seeds) == 1:
+            print_example(name, pairs[0], before[0], after[0])
+
+
+def print_example(name, pairs, before, after):
+    """Prints the first question that SFT answers wrongly and a Self-KD run rightly.
+
+    pairs: (SFT's row, the run's row) of each question; before, after: their scores
+    """
+    better = [pair for pair, sft, kd in zip(pairs, before, after) if sft < 0.5 <= kd]
+    worse = sum(kd < 0.5 <= sft for sft, kd in zip(before, after))
+    print(f"{name} is right and SFT wrong: {len(better)} questions. The other way round: {worse}.")
+    if better:
+        sft, kd = better[0]
+        print(f"    The first: {kd['question']}? ({Path(kd['folder']) / kd['image']})\n"
+              f"    SFT: {sft['audio']}  |  {name}: {kd['audio']}  |  right: {kd['label']}")
 
 
 def report(args, kinds, average, score=score_answer, more=None):

@@ -64,6 +64,13 @@ STAGES = {  # which forms of the question each reads
     "audio-text": ("audio",),
     "vision-audio": ("question", "audio"),
 }
+STORIES = {  # what each learns and why, and its minutes in the built-in world on two CPU cores
+    "vision-text": ("the model learns to see and to read questions. It will be the teacher; from "
+                    "here on it is frozen", 4),
+    "audio-text": ("the audio encoder and the projector learn to hear, by transcribing speech", 3),
+    "vision-audio": ("they learn to have spoken questions answered: alpha weighs what the model "
+                     "itself says on reading them (KL) against the data's answers (CE)", 0.5),
+}
 WARMUP = 0.03  # share of the steps
 CLIP = 1.0  # largest norm of the gradient
 BETAS = (0.9, 0.98)  # of AdamW
@@ -279,9 +286,11 @@ def train_stage(args, config, out, rank, world_size, device):
         # In vision-text, micro-batches without a picture leave the vision encoder unused.
         model = DistributedDataParallel(ollm, find_unused_parameters=stage == "vision-text")
     if rank == 0:
-        print(f"{stage}: {len(epoch.samples)} samples, {n_steps} steps of {config['global_batch']} "
-              f"on {world_size} x {device}, {sum(map(torch.numel, trained.values())):,} "
-              "parameters trained")
+        story, minutes = STORIES[stage]
+        time_needed = f" (about {minutes} min on two CPU cores)" if args.preset == "shapes" else ""
+        print(f"\n{stage}: {story}{time_needed}.\n{len(epoch.samples)} samples, {n_steps} steps on "
+              f"{world_size} x {device}, {sum(map(torch.numel, trained.values())):,} parameters "
+              "trained")
 
     for step, micro_batches in progress.steps(epoch, n_steps, args.workers):
         # 1. The learning rate, a function of the step alone

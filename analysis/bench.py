@@ -5,6 +5,7 @@
     python -m analysis.bench --size shapes --rounds 20   # the built-in world's models, in seconds
     python -m analysis.bench --layers 1 --batch 8        # full depth: for a GPU
     python -m analysis.bench --json | tail -n 1          # the same numbers as one line of JSON
+    python -m analysis.bench --plan                      # on paper: analysis/plan.py
 
 The textbook runs the whole model twice, over the whole sequence: as the teacher, who reads the
 question, and as the student, who hears it in speech padded to Whisper's 30 s. Three things make a
@@ -43,6 +44,8 @@ from transformers import InternVLForConditionalGeneration, WhisperConfig, Whispe
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 import data
+from analysis.plan import (SYSTEM_TOKENS, WHISPER_LARGE_V3, key_width, layer_flops, llm_weights,
+                           print_plan, step_flops)
 from data import AUDIO_SLOT, IGNORE
 from loss import self_kd_loss
 from model import OLLM, half_precision
@@ -62,9 +65,6 @@ INTERNVL2_1B = {  # what matters here of its config.json
                    "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2,
                    "intermediate_size": 4864, "vocab_size": 151655, "hidden_act": "silu",
                    "rms_norm_eps": 1e-6, "rope_theta": 1e6, "max_position_embeddings": 32768}}
-WHISPER_LARGE_V3 = {"num_mel_bins": 128, "d_model": 1280, "encoder_layers": 32,
-                    "encoder_attention_heads": 20, "encoder_ffn_dim": 5120}
-SYSTEM_TOKENS = 40  # InternVL2's system message has about as many
 ALPHA = 0.75
 
 
@@ -245,77 +245,26 @@ def flop_counter():
             lambda _, query, key, *__, **___: 5 * 2 * query.numel() * key[-2]})
 
 
-def layer_flops(tokens, keys, width, weights):
-    """Returns the FLOPs of a transformer layer: two a multiplication, as torch counts.
-
-    weights: how many numbers the layer's linear maps have
-    """
-    linear_maps = 2 * tokens * weights
-    scores = 2 * tokens * keys * width
-    weighted_values = 2 * tokens * keys * width
-    return linear_maps + scores + weighted_values
-
-
-def see_flops(ollm):
-    """Returns the FLOPs of the vision encoder and its projector for one tile, forward."""
-    vision, image_tokens = ollm.lvlm.config.vision_config, ollm.settings["tokens_per_tile"]
-    width, llm_width = vision.hidden_size, ollm.lvlm.config.text_config.hidden_size
-    patches = (vision.image_size[0] // vision.patch_size[0]) ** 2
-    patch_embedding = 2 * patches * 3 * vision.patch_size[0] ** 2 * width
-    weights = 4 * width**2 + 2 * width * vision.intermediate_size
-    layers = vision.num_hidden_layers * layer_flops(patches + 1, patches + 1, width, weights)
-
-    # The projector, two linear maps, reads the patches of an image token side by side.
-    projector_weights = patches // image_tokens * width * llm_width + llm_width**2
-    return patch_embedding + layers + 2 * image_tokens * projector_weights
-
-
-def hear_flops(ollm, frames):
-    """Returns the FLOPs of audio encoder and projector for a clip, forward and both gradients."""
-    audio, width = ollm.audio_encoder.config, ollm.audio_encoder.config.d_model
-    positions, tokens = frames // 2, frames // 4
-    convolution_1 = 2 * frames * 3 * audio.num_mel_bins * width
-    convolution_2 = 2 * positions * 3 * width**2
-    weights = 4 * width**2 + 2 * width * audio.encoder_ffn_dim
-    layers = audio.encoder_layers * layer_flops(positions, positions, width, weights)
-    projector = 2 * tokens * width * ollm.lvlm.config.text_config.hidden_size
-
-    # The spectrogram needs no gradient: for the first convolution, two products instead of three.
-    return 2 * convolution_1 + 3 * (convolution_2 + layers + projector)
-
-
 def floor(ollm, batch):
     """Returns the FLOPs that a Self-KD step cannot do without: each product that is needed, once.
 
-    Vision encoder and LLM run once over the prefix. The teacher runs forward, the student forward
-    and backward to its audio tokens; frozen weights take no gradient. The head runs forward for
-    both, backward for one.
+    A step does two things in vain: the last layer's output at the prefix, of which only keys and
+    values are read, and the gradients of the prefix's keys and values, which nobody takes.
     """
-    llm = ollm.lvlm.config.text_config
-    samples, prefix = batch["prefix"]["ids"].shape
-    teacher, student = batch["text"]["ids"].size(1), batch["audio"]["ids"].size(1)
-    answers = int((batch["text"]["labels"] != IGNORE).sum())
-    frames = int(batch["n_frames"].sum()) // samples
+    llm, (samples, prefix) = ollm.lvlm.config.text_config, batch["prefix"]["ids"].shape
+    student = batch["audio"]["ids"].size(1)
+    tiles = len(batch["pixels"]["pixel_values"]) // samples
+    step = step_flops(
+        ollm.lvlm.config, ollm.audio_encoder.config, tiles=tiles, prefix=prefix,
+        teacher=batch["text"]["ids"].size(1), student=student,
+        answers=int((batch["text"]["labels"] != IGNORE).sum()) // samples,
+        frames=batch["mel"].size(-1))
 
-    # A layer of the LLM: keys and values, queries and output, and the MLP's three maps.
-    width, layers = llm.hidden_size, llm.num_hidden_layers
-    keys_and_values = 2 * width * width * llm.num_key_value_heads // llm.num_attention_heads
-    weights = keys_and_values + 2 * width**2 + 3 * width * llm.intermediate_size
-
-    # The last layer's output at the prefix is never read, only its keys and values are.
-    read_prefix = (layers - 1) * layer_flops(prefix, prefix, width, weights)
-    read_prefix += 2 * prefix * keys_and_values
-    read_query = layers * layer_flops(teacher, prefix + teacher, width, weights)
-    hear_query = layers * layer_flops(student, prefix + student, width, weights)
-
-    # Backward, attention takes four products. Two give the gradients of scores and queries, with
-    # all keys. Two give those of keys and values, which only the student's own need.
-    backward = layers * layer_flops(student, prefix + student, width, weights)
-    backward += layers * 2 * 2 * student * student * width
-    head = 3 * 2 * answers * width * llm.vocab_size
-
-    one_sample = read_prefix + read_query + hear_query + backward + hear_flops(ollm, frames)
-    return len(batch["pixels"]["pixel_values"]) * see_flops(ollm) + samples * one_sample + head
+    width = llm.hidden_size
+    unread_weights = llm_weights(llm) - 2 * width * key_width(llm)
+    in_vain = layer_flops(prefix, prefix, width, unread_weights)
+    in_vain += llm.num_hidden_layers * 2 * 2 * student * prefix * width
+    return samples * (step - in_vain)
 
 
 # ---- time and memory -----------------------------------------------------------------------------
@@ -347,18 +296,6 @@ def now(device):
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
-
-
-def matmul_rate(device):
-    """Returns FLOP/s of a large matrix product (bfloat16 on a GPU): the best the machine can do."""
-    n, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (2048, torch.float32)
-    a, b = (torch.randn(n, n, dtype=dtype, device=device) for _ in range(2))
-    times = []
-    for _ in range(10):
-        started = now(device)
-        a @ b
-        times.append(now(device) - started)
-    return 2 * n**3 / min(times)
 
 
 def measure(args):
@@ -453,7 +390,7 @@ def summary(args, seconds, flops, floors, memory):
     return result
 
 
-def print_steps(args, tiles, seconds, flops, memory, rate):
+def print_steps(args, tiles, seconds, flops, memory):
     """Prints the table of one number of tiles, a line a step."""
     print(f"\nTiles: {tiles}; speech of {args.seconds:g} s, batches of {args.batch}\n")
     rows = []
@@ -462,10 +399,9 @@ def print_steps(args, tiles, seconds, flops, memory, rate):
         median, speedup = statistics.median(times), ratio(seconds, tiles, "textbook_kd", name)
         size = f"{memory[tiles][name] / 1e9:.2f}" if name in memory[tiles] else ""
         rows.append([label, f"{median:.3g} ({min(times):.3g} to {max(times):.3g})",
-                     f"{speedup:.2f}", f"{work / 1e9:.4g}", f"{100 * work / median / rate:.0f} %",
-                     size])
+                     f"{speedup:.2f}", f"{work / 1e9:.4g}", size])
     tables.print_table(["step", "s, median (least to most)", "textbook Self-KD / it", "GFLOP",
-                        "of matmul rate", "GB above weights"], rows)
+                        "GB above weights"], rows)
 
 
 def parse_arguments():
@@ -485,12 +421,18 @@ def parse_arguments():
     add("--device", choices=["cpu", "cuda"], help="default: cuda if there is one",
         default="cuda" if torch.cuda.is_available() else "cpu")
     add("--json", action="store_true", help="print one line of JSON last")
+    add("--plan", action="store_true", help="measure nothing: compute what the paper's trainings "
+        "take on eight A100s, for each of its bases")
+    add("--peak-share", type=float, default=0.4, help="with --plan: of its peak, that a card does")
+    add("--gb", type=float, default=80.0, help="with --plan: memory of a card")
     add("--peak", choices=STEPS, help="print the memory (bytes) of one such step and nothing else")
     return parser.parse_args()
 
 
 def main():
     args = parse_arguments()
+    if args.plan:
+        return print_plan(args.peak_share, args.gb)
     if args.peak:
         return print(peak_memory(args))
     worst = worst_difference(args)
@@ -500,13 +442,11 @@ def main():
 
     memory = {tiles: peaks(args, tiles)
               for tiles in tqdm(args.tiles, desc="memory", unit="size", mininterval=5)}
-    rate = matmul_rate(torch.device(args.device))
     share = f", {args.layers:g} of the layers" if args.size == "internvl2-1b" else ""
-    print(f"{args.size}{share}, random weights; {args.device}, {torch.get_num_threads()} threads, "
-          f"matrix products at {rate / 1e9:.0f} GFLOP/s")
+    print(f"{args.size}{share}, random weights; {args.device}, {torch.get_num_threads()} threads")
     seconds, flops, floors = measure(args)
     for tiles in args.tiles:
-        print_steps(args, tiles, seconds, flops, memory, rate)
+        print_steps(args, tiles, seconds, flops, memory)
 
     result = summary(args, seconds, flops, floors, memory)
     print()

@@ -99,13 +99,12 @@ class Resumable:
         stop, = all_sum([len(self.signals)], self.device)  # a signal to one process stops all
         done = step + 1
         if is_main():
-            samples = (done - self.first) * self.config["global_batch"]
-            speed = samples / (time.time() - self.started)
+            speed = (done - self.first) / (time.time() - self.started)
             line = {"step": step, **numbers,
-                    "time": {"samples_per_s": speed, "longest_save_s": self.save_seconds}}
+                    "time": {"steps_per_s": speed, "longest_save_s": self.save_seconds}}
             print(json.dumps(line), file=self.log, flush=True)
             text = " ".join(f"{name} {value:.3g}" for name, value in numbers.items())
-            self.bar.set_postfix_str(f"{text} {speed:.0f} samples/s", refresh=False)
+            self.bar.set_postfix_str(text, refresh=False)
             if done < self.n_steps and (stop or done % self.save_every == 0):
                 self.save(done)
         if stop and done < self.n_steps:

@@ -16,16 +16,19 @@ LOOKS = tuple(zip(COLORS, "os^DvPX", ("-", "--", "-.", "-", ":", "--", "-.")))
 
 
 def paired_bootstrap(a, b, draws=2000, seed=0):
-    """Returns (mean, low, high) of b - a in points: a 95 % interval over questions.
+    """Returns (mean, low, high) of b - a in points: a 95 % interval over seeds and questions.
 
-    a, b: scores from 0 to 1 of the same questions; a draw takes both answers to a question.
-    The interval says how far the choice of questions matters, not another seed of training.
+    a, b: scores from 0 to 1 of the same questions, a list for each seed of training. A draw takes
+    seeds, then questions of each, and both answers to a question. With one seed, the interval says
+    how far the choice of questions matters, not another seed.
     """
     a, b = torch.tensor(a, dtype=torch.float64), torch.tensor(b, dtype=torch.float64)
-    difference = 100 * (b - a)  # (questions,)
+    difference = 100 * (b - a)  # (seeds, questions)
+    n_seeds, n_questions = difference.shape
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(len(difference), (draws, len(difference)), generator=generator)
-    means = difference[drawn].mean(1).sort().values  # (draws,)
+    seeds = torch.randint(n_seeds, (draws, n_seeds, 1), generator=generator)
+    questions = torch.randint(n_questions, (draws, n_seeds, n_questions), generator=generator)
+    means = difference[seeds, questions].mean((1, 2)).sort().values  # (draws,)
     low, high = means[int(0.025 * draws)], means[int(0.975 * draws)]
     return difference.mean().item(), low.item(), high.item()
 

@@ -188,7 +188,7 @@ def write_log(run, steps, offset=0.0):
     """Writes a training log whose loss falls by one a step."""
     run.mkdir()
     lines = [{"step": i, "loss": steps - i + offset, "kl": 0.1, "ce": 0.2, "lr": 1e-3,
-              "grad_norm": 2.0, "time": {"samples_per_s": 8.0}} for i in range(steps)]
+              "grad_norm": 2.0, "time": {"steps_per_s": 8.0}} for i in range(steps)]
     (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return run
 

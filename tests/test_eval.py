@@ -74,15 +74,34 @@ def test_mmalign_wants_the_true_sentence_and_not_the_false_one():
     assert score_answer(row, "a star above a circle or a circle above a star") == 0
 
 
-def test_bootstrap_interval_covers_the_true_difference():
+@pytest.mark.parametrize("n_seeds, spread, least", [(1, 0.0, 88), (8, 0.1, 80)])
+def test_bootstrap_interval_covers_the_true_difference(n_seeds, spread, least):
+    """Also where seeds of training differ by more than the choice of questions does."""
     rng, covered = random.Random(0), 0
     for trial in range(100):
-        a = [float(rng.random() < 0.5) for _ in range(200)]
-        b = [float(rng.random() < 0.6) for _ in range(200)]
+        a = [[float(rng.random() < 0.5) for _ in range(200)] for _ in range(n_seeds)]
+        chances = [0.6 + rng.gauss(0, spread) for _ in range(n_seeds)]
+        b = [[float(rng.random() < chance) for _ in range(200)] for chance in chances]
         _, low, high = paired_bootstrap(a, b, draws=400, seed=trial)
         covered += low <= 10 <= high
-    assert covered >= 88
-    assert paired_bootstrap([1.0, 0.0], [1.0, 0.0]) == (0, 0, 0)
+    assert covered >= least
+    assert paired_bootstrap([[1.0, 0.0]], [[1.0, 0.0]]) == (0, 0, 0)
+
+
+def test_the_example_is_a_question_that_only_the_second_answers_rightly(capsys):
+    rows = [{"question": str(i), "label": "red", "folder": "f", "image": f"{i}.png", "audio": audio}
+            for i, audio in enumerate(("red", "blue", "green"))]
+    better = [{**row, "audio": "red" if i else "blue"} for i, row in enumerate(rows)]
+    answers = {("SFT", 0): rows, ("KD 0.75", 0): better}
+    eval.print_differences(answers, lambda row, answer: float(answer == row["label"]))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("KD 0.75 - SFT, spoken: +33.3 points, 95 % interval ")
+    assert lines[1] == "KD 0.75 is right and SFT wrong: 2 questions. The other way round: 1."
+    assert "1? (f/1.png)" in lines[2] and "SFT: blue  |  KD 0.75: red" in lines[3]
+
+    eval.print_differences({("SFT", 0): rows, ("KD 1", 0): rows}, lambda *_: 1.0)
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "KD 1 is right and SFT wrong: 0 questions. The other way round: 0."]
 
 
 def test_a_wrong_answer_that_names_something_of_the_picture():

@@ -301,7 +301,7 @@ def test_two_steps_of_each_stage_at_true_size(world, tmp_path):
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert len(log) == 2 and all(math.isfinite(line["loss"]) and line["kl"] > 0 for line in log)
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
-    seconds = [round(1 / line["time"]["samples_per_s"], 1) for line in log]
+    seconds = [round(1 / line["time"]["steps_per_s"], 1) for line in log]
     print(f"peak memory {peak:.1f} GB, seconds a step: {seconds}")
     assert peak < 20
 

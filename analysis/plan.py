@@ -1,0 +1,213 @@
+"""Computes on paper what the paper's trainings take, for each of its six bases. Runs nothing.
+
+    python -m analysis.bench --plan                            # eight A100s of 80 GB
+    python -m analysis.bench --plan --peak-share 0.3 --gb 40   # slower, with half the memory
+
+`python -m pytest tests/test_plan.py` compares the closed forms with torch's counts on tiny models.
+A sample is given by its lengths: "tiles" (448 x 448) of the picture; tokens of "prefix"
+(`<system><image>`), "teacher" (question in writing, answer; 0 if there is no teacher), "student"
+(speech, answer) and "answers" alone; mel "frames" of the speech, 100 a second.
+"""
+
+from transformers import InternVLConfig, Qwen2VLConfig, WhisperConfig
+
+from plumbing import tables
+
+BASES = {  # the LLM: transformers' type, width, layers, heads, key heads, MLP, vocabulary, tied?
+    "internvl2-1b": ("qwen2", 896, 24, 14, 2, 4864, 151655, False),
+    "internvl2-2b": ("llama", 2048, 24, 16, 8, 8192, 92553, False),
+    "internvl2-4b": ("phi3", 3072, 32, 32, 32, 8192, 32020, False),
+    "internvl2-8b": ("llama", 4096, 32, 32, 8, 14336, 92553, False),
+    "qwen2-vl-2b": ("qwen2_vl_text", 1536, 28, 12, 2, 8960, 151936, True),
+    "qwen2-vl-7b": ("qwen2_vl_text", 3584, 28, 28, 4, 18944, 152064, False),
+}
+WHISPER_LARGE_V3 = {"num_mel_bins": 128, "d_model": 1280, "encoder_layers": 32,
+                    "encoder_attention_heads": 20, "encoder_ffn_dim": 5120}
+SYSTEM_TOKENS = 40  # InternVL2's system message has about as many
+CARDS, PEAK = 8, 312e12  # FLOP/s of an A100 in bfloat16, by its data sheet
+
+
+def base_config(base):
+    """Returns transformers' config of a base. Its vision encoder is the library's default."""
+    llm_type, width, layers, heads, key_heads, mlp, vocabulary, tied = BASES[base]
+    llm = {"model_type": llm_type, "hidden_size": width, "num_hidden_layers": layers,
+           "num_attention_heads": heads, "num_key_value_heads": key_heads,
+           "intermediate_size": mlp, "vocab_size": vocabulary}
+    make, vision = InternVLConfig, {"attention_bias": True, "use_mean_pooling": True}
+    if llm_type == "qwen2_vl_text":
+        make, vision = Qwen2VLConfig, {"hidden_size": width}  # what its projector leads to
+    return make(text_config=llm, vision_config=vision, tie_word_embeddings=tied)
+
+
+def kd_sample(tiles, teacher=121):
+    """Returns a question of 4 s or 16 tokens, the prompt's 5, and an answer of 100 tokens."""
+    return {"tiles": tiles, "prefix": SYSTEM_TOKENS + 256 * tiles, "teacher": teacher,
+            "student": 205, "answers": 100, "frames": 400}
+
+
+def asr_clip(seconds):
+    """Returns speech (25 tokens a second), instruction and prompt (10), transcript (3 a second)."""
+    return {"tiles": 0, "prefix": SYSTEM_TOKENS, "teacher": 0, "student": 28 * seconds + 10,
+            "answers": 3 * seconds, "frames": 100 * seconds}
+
+
+# ---- weights: of the linear maps alone, biases, norms and positions are 0.4 % at most ------------
+
+
+def key_width(llm):
+    """Returns the width of a layer's keys: all key heads side by side."""
+    return llm.hidden_size // llm.num_attention_heads * llm.num_key_value_heads
+
+
+def llm_weights(llm):
+    """Returns the weights of an LLM's layer: queries, output, keys, values and the MLP's three."""
+    return llm.hidden_size * (2 * llm.hidden_size + 2 * key_width(llm) + 3 * llm.intermediate_size)
+
+
+def encoder_weights(width, mlp):
+    """Returns the weights of an encoder's layer, for vision and for Whisper."""
+    return 4 * width**2 + 2 * width * mlp
+
+
+def vision_shape(config):
+    """Returns (width, layers, width of the MLP, numbers in a patch, weights of the projector)."""
+    vision, llm_width = config.vision_config, config.text_config.hidden_size
+    if config.model_type == "qwen2_vl":  # every picture is doubled, as two frames of a film
+        width, numbers = vision.embed_dim, 2 * 3 * vision.patch_size**2
+        projector = (4 * width) ** 2 + 4 * width * llm_width  # four patches become a token
+        return width, vision.depth, vision.mlp_ratio * width, numbers, projector
+    width, numbers = vision.hidden_size, 3 * vision.patch_size[0] ** 2
+    projector = 4 * width * llm_width + llm_width**2
+    return width, vision.num_hidden_layers, vision.intermediate_size, numbers, projector
+
+
+def base_parameters(config):
+    """Returns the number of a base's parameters."""
+    llm = config.text_config
+    width, layers, mlp, numbers, projector = vision_shape(config)
+    vision = layers * encoder_weights(width, mlp) + numbers * width + projector
+    embeddings = llm.vocab_size * llm.hidden_size * (1 if config.tie_word_embeddings else 2)
+    return vision + llm.num_hidden_layers * llm_weights(llm) + embeddings
+
+
+def trained_parameters(config, audio):
+    """Returns the number of parameters of Whisper's encoder and the linear projector."""
+    layers = audio.encoder_layers * encoder_weights(audio.d_model, audio.encoder_ffn_dim)
+    convolutions = 3 * audio.d_model * (audio.num_mel_bins + audio.d_model)
+    return layers + convolutions + audio.d_model * config.text_config.hidden_size
+
+
+# ---- FLOPs: two a multiplication, as torch counts ------------------------------------------------
+
+
+def layer_flops(tokens, keys, width, weights):
+    """Returns the FLOPs of a transformer layer: linear maps, scores and weighted values."""
+    return 2 * tokens * weights + 2 * 2 * tokens * keys * width
+
+
+def see_flops(config, tiles):
+    """Returns the FLOPs of a picture's vision encoder and projector, forward.
+
+    InternVL reads each tile apart, with a class token; Qwen2-VL reads all patches at once.
+    """
+    width, layers, mlp, numbers, projector = vision_shape(config)
+    pieces, patches, class_tokens = 1, 32**2 * tiles, 0
+    if config.model_type != "qwen2_vl":
+        vision, class_tokens = config.vision_config, 1
+        pieces, patches = tiles, (vision.image_size[0] // vision.patch_size[0]) ** 2
+    tokens = patches + class_tokens
+    encoder = layers * layer_flops(tokens, tokens, width, encoder_weights(width, mlp))
+    return pieces * (2 * patches * numbers * width + encoder + 2 * patches // 4 * projector)
+
+
+def hear_flops(config, audio, frames):
+    """Returns the FLOPs of a clip's audio encoder and projector, forward and both gradients."""
+    width, positions, tokens = audio.d_model, frames // 2, frames // 4
+    convolution_1 = 2 * frames * 3 * audio.num_mel_bins * width
+    convolution_2 = 2 * positions * 3 * width**2
+    weights = encoder_weights(width, audio.encoder_ffn_dim)
+    layers = audio.encoder_layers * layer_flops(positions, positions, width, weights)
+    projector = 2 * tokens * width * config.text_config.hidden_size
+
+    # The spectrogram needs no gradient: for the first convolution, two products instead of three.
+    return 2 * convolution_1 + 3 * (convolution_2 + layers + projector)
+
+
+def step_flops(config, audio, tiles, prefix, teacher, student, answers, frames):
+    """Returns the FLOPs of a sample, forward and backward.
+
+    Frozen weights take no gradient, so a linear map costs as much backward as forward. Attention
+    costs twice as much, for the gradients of scores, values, queries and keys.
+    """
+    llm = config.text_config
+    width, weights, keys = llm.hidden_size, llm_weights(llm), prefix + student
+    layer = layer_flops(prefix, prefix, width, weights)
+    layer += layer_flops(teacher, prefix + teacher, width, weights)
+    layer += layer_flops(student, keys, width, weights)
+    layer += 2 * student * weights + 2 * 2 * 2 * student * keys * width  # backward
+    heads = (3 if teacher else 2) * 2 * answers * width * llm.vocab_size  # one backward
+    return (see_flops(config, tiles) + llm.num_hidden_layers * layer + heads
+            + hear_flops(config, audio, frames))
+
+
+# ---- bytes: 2 a number in bfloat16, 4 in float32 -------------------------------------------------
+
+
+def sample_bytes(config, audio, tiles, prefix, teacher, student, answers, frames):
+    """Returns the bytes that a sample holds while its loss is computed: the most of a step."""
+    # A layer of the LLM keeps what two norms read (float32), queries and attention's output, three
+    # tensors of the MLP, keys and values for all heads, the mask as numbers. The prefix stays, too.
+    llm, keys = config.text_config, prefix + student
+    layer = student * ((2 * 4 + 2 * 2) * llm.hidden_size + 3 * 2 * llm.intermediate_size)
+    layer += keys * 2 * 2 * llm.hidden_size + student * keys * 2 + prefix * 2 * 2 * key_width(llm)
+    last_norm = student * 4 * llm.hidden_size
+
+    # A layer of Whisper keeps what two norms read (float32), a copy of it for each of four linear
+    # maps, queries, keys, values, output twice, the MLP twice. Around the layers: the spectrogram,
+    # two convolutions, a norm, the projector.
+    positions, width = frames // 2, audio.d_model
+    hear = audio.encoder_layers * ((2 * 4 + 9 * 2) * width + 2 * 2 * audio.encoder_ffn_dim)
+    hear += 2 * 2 * audio.num_mel_bins + (5 * 2 + 4 + 1) * width
+
+    # A logit is there twice in bfloat16 and six times in float32; without a teacher, three times.
+    logit = 2 * 2 + 6 * 4 if teacher else 3 * 4
+    return (llm.num_hidden_layers * layer + last_norm + positions * hear
+            + answers * llm.vocab_size * logit)
+
+
+def fixed_bytes(config, audio):
+    """Returns the bytes of a process without any sample: frozen weights are in bfloat16.
+
+    What is trained is there as weights, gradients, DDP's buckets and AdamW's two moments, and in
+    bfloat16. CUDA and its libraries take 1 GB or so.
+    """
+    return 2 * base_parameters(config) + (5 * 4 + 2) * trained_parameters(config, audio) + 1e9
+
+
+# ---- the table -----------------------------------------------------------------------------------
+
+
+def print_plan(peak_share, gb):
+    """Prints memory, micro-batches and hours for every base, and last the paper's own hours."""
+    audio, rows = WhisperConfig(**WHISPER_LARGE_V3), []
+    trainings = ((988_000, asr_clip(12)), (50_000, kd_sample(1, teacher=0)), (50_000, kd_sample(1)),
+                 (50_000, kd_sample(7, teacher=0)), (50_000, kd_sample(7)))
+    for base in BASES:
+        config = base_config(base)
+        fixed = fixed_bytes(config, audio)
+        sizes = [sample_bytes(config, audio, **sample)
+                 for sample in (kd_sample(7), asr_clip(15), asr_clip(30))]
+        fits = [int((gb * 1e9 - fixed) // size) for size in sizes]
+        flops = [count * step_flops(config, audio, **sample) for count, sample in trainings]
+        rows.append([base, *(f"{size / 1e9:.2f}" for size in [fixed, *sizes]),
+                     ", ".join(map(str, fits)),
+                     *(f"{work / (CARDS * peak_share * PEAK) / 3600:.2f}" for work in flops)])
+    rows.append(["the paper", *[""] * 5, "4", "0.5", "1", "0.5", "1"])
+
+    print(f"Computed, not measured: {CARDS} cards of {gb:g} GB, {100 * peak_share:g} % of "
+          f"{PEAK / 1e12:g} TFLOP/s each.\nHours: ASR of 988,000 clips of 12 s; SFT and Self-KD of "
+          "50,000 samples of 4 s, with answers of 100 tokens.\n")
+    tables.print_table(
+        ["base", "GB fixed", "+ a KD sample, 7 tiles", "+ ASR of 15 s", "+ ASR of 30 s",
+         "micro-batches that fit", "h: ASR", "SFT, 1 tile", "Self-KD, 1 tile", "SFT, 7 tiles",
+         "Self-KD, 7 tiles"], rows)
