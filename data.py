@@ -34,12 +34,12 @@ from plumbing.media import SAMPLE_RATE, VOICES, load_audio, load_image, save_sou
 from plumbing.processes import end_with_parent
 from plumbing.samples import check_folder, read_samples
 from real import corpora
+from real.families import CHATS, check_length, count_image_tokens, picture_patches
 from world import make as world
 
 TOKEN_SAMPLES = 640  # waveform samples an audio token: 10 ms hop x 2 (convolution) x 2 (pooling)
 IGNORE = -100  # the label of a token that is not supervised, as everywhere in torch
 AUDIO_SLOT = -200  # stands in the ids where an audio token goes, as LLaVA marks image tokens
-END = "<|im_end|>"  # the end of an answer
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -47,12 +47,12 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Samples(torch.utils.data.Dataset):
-    """Prepared folders. Item i is line i, with "pixels" (tiles, 3, H, W) and "wave" (samples,)."""
+    """Prepared folders. Item i is line i, with "pixels" (see `pixels`) and "wave" (samples,)."""
 
     def __init__(self, folders, settings, forms=("question", "audio")):
         """Reads all lines. Pictures and recordings are read when an item is.
 
-        folders: one or a list; settings: model.py's, for image_size and max_tiles
+        folders: one or a list; settings: model.py's, for pictures
         forms: which forms of the question are needed; others are left out, their files unopened
         """
         folders = [folders] if isinstance(folders, (str, Path)) else folders
@@ -73,8 +73,7 @@ class Samples(torch.utils.data.Dataset):
         with at(sample["where"]):
             if "image" in sample:
                 image = load_image(Path(sample["folder"]) / sample["image"])
-                tiles = tile(image, self.settings["max_tiles"], self.settings["image_size"])
-                sample["pixels"] = pixels(tiles)
+                sample["pixels"] = pixels(image, self.settings)
             if "audio" in sample:
                 sample["wave"] = load_audio(Path(sample["folder"]) / sample["audio"])
         return sample
@@ -116,10 +115,17 @@ def tile(image, max_tiles, size=448, thumbnail=True):
     return tiles + [image.resize((size, size))] if thumbnail and len(tiles) > 1 else tiles
 
 
-def pixels(tiles):
-    """Returns a list of tiles as bytes, (tiles, 3, H, W) uint8: they travel so to the device."""
+def pixels(image, settings):
+    """Returns a picture as the arguments of the LVLM's get_image_features.
+
+    InternVL's are tiles, {"pixel_values" (tiles, 3, H, W) uint8}: they travel as bytes to the
+    device. An LVLM with "min_tiles" among its settings takes the picture whole.
+    """
+    if "min_tiles" in settings:
+        return picture_patches(image, settings)
+    tiles = tile(image, settings["max_tiles"], settings["image_size"])
     values = torch.from_numpy(np.stack([np.asarray(t) for t in tiles]))  # (tiles, H, W, 3)
-    return values.permute(0, 3, 1, 2)  # (tiles, 3, H, W)
+    return {"pixel_values": values.permute(0, 3, 1, 2)}  # (tiles, 3, H, W)
 
 
 def normalize(pixels):
@@ -157,16 +163,16 @@ def mel_spectrograms(extractor, waves):
 
 
 def prompt_ids(tokenizer, settings, image_tokens, questions):
-    """Returns InternVL2's chat prompt as token ids in three parts: (heads, questions, tail).
+    """Returns the LVLM's chat prompt as token ids in three parts: (heads, questions, tail).
 
     A head is what stands before the question, the image included; the tail is what stands between
     the question and the answer. Writing and speech fill the same slot between them. Each prompt is
     tokenised whole and then cut, and it is checked that no token grew across a cut.
     """
-    system = f"<|im_start|>system\n{settings['system']}{END}<|im_start|>user\n"
-    before = [system + ("<img>" + "<IMG_CONTEXT>" * n + "</img>\n") * (n > 0)
-              for n in image_tokens]
-    after = f"{END}<|im_start|>assistant\n"
+    chat = CHATS[settings["llm"]]
+    opening, mark, closing = chat["image"]
+    system, after = chat["before"].format(settings["system"]), chat["after"]
+    before = [system + (opening + mark * n + closing) * (n > 0) for n in image_tokens]
     questions = [question.strip() for question in questions]
     prompts = tokenizer([b + q + after for b, q in zip(before, questions)]).input_ids
     heads, tail = tokenizer(before).input_ids, tokenizer(after).input_ids
@@ -186,28 +192,28 @@ def collate(samples, tokenizer, mel_extractor, settings, answers=True, positions
                False: queries end where the answer begins, padding stands left (generation)
     positions  None, or a function (sample, question tokens, all tokens) -> positions, if written
 
-    Returns {"pixels" (tiles, 3, H, W), "prefix": {"ids", "mask"} (B, P), "text": query,
+    Returns {"pixels" of all pictures, "prefix": {"ids", "mask"} (B, P), "text": query,
     "mel" (B, M, F), "n_frames" (B,), "audio": query}; what the samples lack is None. A query is
     {"ids", with AUDIO_SLOT where speech goes, "mask", "labels", "positions"}, each (B, S); in
     shared rows also "part" (B, S), which of the samples a token belongs to.
     """
     rows = itertools.groupby(range(len(samples)), lambda i: samples[i].get("group", i))
     rows = [list(row) for _, row in rows]  # numbers of the samples in each row
-    tiles = [samples[row[0]]["pixels"] for row in rows if "pixels" in samples[row[0]]]
-    image_tokens = [len(s.get("pixels", ())) * settings["tokens_per_tile"] for s in samples]
+    pictures = [samples[row[0]]["pixels"] for row in rows if "pixels" in samples[row[0]]]
+    image_tokens = [count_image_tokens(s.get("pixels"), settings) for s in samples]
     texts = [s.get("question", "") for s in samples]
     heads, questions, tail = prompt_ids(tokenizer, settings, image_tokens, texts)
     answer_ids = [[]] * len(samples)
     if answers:
-        answer_ids = tokenizer([s["answer"] + s.get("end", END) for s in samples]).input_ids
+        end = CHATS[settings["llm"]]["end"]
+        answer_ids = tokenizer([s["answer"] + s.get("end", end) for s in samples]).input_ids
 
     def query(slots, positions=None):
         """Makes a query of each slot (a question's ids, or AUDIO_SLOTs), tail and answer."""
         asked = [slot + tail + answer for slot, answer in zip(slots, answer_ids)]
-        for sample, head, ids in zip(samples, heads, asked):
-            if len(head) + len(ids) > tokenizer.model_max_length:
-                raise BadInput(f"{sample.get('where', 'the question')}: {len(head) + len(ids):,} "
-                               f"tokens, the model has room for {tokenizer.model_max_length:,}")
+        for sample, head, ids, n in zip(samples, heads, asked, image_tokens):
+            check_length(sample.get("where", "the question"), len(head) + len(ids), n, settings,
+                         tokenizer.model_max_length)
         labels = [[IGNORE] * (len(ids) - len(answer)) + answer
                   for ids, answer in zip(asked, answer_ids)]
         places = [positions(sample, len(slot), len(ids)) if positions else list(range(len(ids)))
@@ -222,9 +228,12 @@ def collate(samples, tokenizer, mel_extractor, settings, answers=True, positions
                  "labels": pad_rows(labels, IGNORE)["ids"], "positions": pad_rows(places, 0)["ids"]}
         return query | ({"part": pad_rows(parts, -1)["ids"]} if len(rows) < len(samples) else {})
 
-    batch = {"pixels": torch.cat(tiles) if tiles else None,
-             "prefix": pad([heads[row[0]] for row in rows], tokenizer.pad_token_id),
-             "text": None, "mel": None, "n_frames": None, "audio": None}
+    batch = {"prefix": pad([heads[row[0]] for row in rows], tokenizer.pad_token_id),
+             "pixels": None, "text": None, "mel": None, "n_frames": None, "audio": None}
+    # A picture is a dict of tensors, and so are those of the batch together.
+    if pictures:
+        batch["pixels"] = {key: torch.cat([picture[key] for picture in pictures])
+                           for key in pictures[0]}
 
     # The question in writing, which the teacher reads.
     if "question" in samples[0]:

@@ -79,7 +79,7 @@ def evaluate(run, folder, kinds, args):
     Returns samples with "text", "audio" and "transcript"; the latter two are None for a base, and
     only a run of the stage audio-text transcribes.
     """
-    ollm = OLLM.load(run).place(args.device).eval()
+    ollm = OLLM.load(run, args.device).place(args.device).eval()
     if args.max_tiles:
         ollm.settings["max_tiles"] = args.max_tiles
     forms = ("text",) if ollm.audio_encoder is None else ("text", "audio")
@@ -106,18 +106,17 @@ def evaluate(run, folder, kinds, args):
 
 def answer_one(run, args):
     """Prints a run's answers to one question about one picture, in writing and aloud."""
-    ollm = OLLM.load(run).place(args.device).eval()
+    ollm = OLLM.load(run, args.device).place(args.device).eval()
     if ollm.audio_encoder is None:
         raise BadInput(f"{run}: cannot listen; give a run of the stage audio-text or vision-audio")
     if args.question is not None:
         check_words(ollm.tokenizer, args.question)
-    max_tiles = args.max_tiles or ollm.settings["max_tiles"]
-    tiles = data.tile(data.load_image(args.image), max_tiles, ollm.settings["image_size"])
+    settings = ollm.settings | ({"max_tiles": args.max_tiles} if args.max_tiles else {})
     wave = data.load_audio(args.audio) if args.audio else data.speak(args.question)[0]
     if len(wave) > MAX_SECONDS * data.SAMPLE_RATE:
         raise BadInput(f"the question takes over {MAX_SECONDS} s to say, Whisper hears no more")
-    sample = {"pixels": data.pixels(tiles), "question": args.question or "", "answer": "",
-              "wave": wave}
+    sample = {"pixels": data.pixels(data.load_image(args.image), settings), "wave": wave,
+              "question": args.question or "", "answer": ""}
     forms = ("audio",) if args.question is None else ("text", "audio")
     sources = {"text": args.question, "audio": args.audio or f"{args.question} (espeak-ng)"}
     for form, answers in ollm.answer([sample], forms).items():

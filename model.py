@@ -1,4 +1,4 @@
-"""The omnimodal LLM: InternVL, which reads, and Whisper's encoder, which learns to listen.
+"""The omnimodal LLM: an LVLM, which reads, and Whisper's encoder, which learns to listen.
 
 image    -> vision encoder -> projector --.
                                           +-> <system><image>  <query>  <answer>  -> LLM -> answer
@@ -27,11 +27,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
-from data import AUDIO_SLOT, END, IGNORE, collate, normalize, to
+from data import AUDIO_SLOT, IGNORE, collate, normalize, to
 from loss import self_kd_loss
 from plumbing import runs
 from plumbing.files import BadInput, at, written_folder
-from real.checkpoints import empty_audio_encoder, load_lvlm, load_tokenizer, lvlm_settings
+from real.checkpoints import empty_audio_encoder, load_lvlm, load_tokenizer
+from real.families import CHATS, lvlm_settings
 
 
 def half_precision(device):
@@ -40,12 +41,12 @@ def half_precision(device):
 
 
 class OLLM(nn.Module):
-    """InternVL, Whisper's encoder and one linear projector. Without the audio parts, a plain LVLM.
+    """An LVLM, Whisper's encoder and one linear projector. Without the audio parts, a plain LVLM.
 
-    lvlm           transformers' InternVLForConditionalGeneration
+    lvlm           transformers' InternVLForConditionalGeneration, or Qwen2VL...
     tokenizer      its tokenizer
-    settings       how prompts are made: {"system", "image_size", "tokens_per_tile", "max_tiles",
-                   "instruction"}, and "audio_seconds" if speech is padded
+    settings       how prompts are made: real/families.py's lvlm_settings, and "audio_seconds" if
+                   speech is padded
     base           folder or hub id that the lvlm comes from; None if the lvlm itself is trained
     audio_encoder  transformers' WhisperEncoder; mel_extractor: its WhisperFeatureExtractor
     """
@@ -82,12 +83,10 @@ class OLLM(nn.Module):
     # ---- from pictures and sound to tokens -------------------------------------------------------
 
     def see(self, pixels):
-        """Turns image tiles (tiles, 3, H, W) into image tokens (tiles, tokens per tile, D)."""
-        pixels = normalize(pixels) if pixels.dtype == torch.uint8 else pixels
-        # The last layer, without the class token: what InternVL was trained with.
-        return self.lvlm.get_image_features(
-            pixel_values=pixels, vision_feature_layer=-1,
-            vision_feature_select_strategy="default").pooler_output
+        """Turns a batch's pictures, see `data.pixels`, into image tokens (tokens of all, D)."""
+        if pixels["pixel_values"].dtype == torch.uint8:
+            pixels = pixels | {"pixel_values": normalize(pixels["pixel_values"])}
+        return torch.cat([*self.lvlm.get_image_features(**pixels).pooler_output])
 
     def hear(self, mel, n_frames):
         """Turns log-mel spectrograms (B, M, F) into audio tokens (B, A, D), A = F / 4.
@@ -119,7 +118,7 @@ class OLLM(nn.Module):
     def embed(self, ids, pixels=None, audio_tokens=None):
         """Returns embeddings (B, T, D) of ids (B, T), with image and audio tokens in their slots.
 
-        pixels: image tiles (tiles, 3, H, W) of the whole batch; audio_tokens: (B, A, D)
+        pixels: the pictures of the whole batch; audio_tokens: (B, A, D)
         """
         # AUDIO_SLOT is no id of the vocabulary: 0 stands in for it until the audio tokens come.
         audio_slots = ids == AUDIO_SLOT  # (B, T)
@@ -127,7 +126,7 @@ class OLLM(nn.Module):
 
         if pixels is not None:
             image_slots = ids == self.lvlm.config.image_token_id  # (B, T)
-            image = self.see(pixels).flatten(0, 1)  # (image tokens in the batch, D)
+            image = self.see(pixels)  # (image tokens in the batch, D)
             assert image_slots.sum() == len(image), "as many image slots as image tokens"
             x = x.masked_scatter(image_slots[..., None], image.to(x.dtype))
 
@@ -139,14 +138,26 @@ class OLLM(nn.Module):
 
     # ---- one image prefix, two questions, one answer ---------------------------------------------
 
+    def positions(self, ids, mask, pixels):
+        """Returns the positions of ids (B, T), and the shift (B, 1) of those that follow.
+
+        Padding takes no position. Qwen2-VL has three a token (3, B, T): all the same, but time, row
+        and column in a picture, which takes as many positions as its longer side has tokens.
+        """
+        if not hasattr(self.lvlm.model, "get_rope_index"):
+            return (mask.cumsum(1) - 1).clamp(min=0), 0
+        is_image = (ids == self.lvlm.config.image_token_id).int()  # (B, T)
+        grid = (pixels or {}).get("image_grid_thw")
+        return self.lvlm.model.get_rope_index(ids, is_image, grid, attention_mask=mask)
+
     def encode_prefix(self, batch):
-        """Reads `<system><image>` once. Returns the prefix: (keys and values, mask (B, P))."""
+        """Reads `<system><image>` once. Returns (keys and values, mask (B, P), shift (B, 1))."""
         ids, mask = batch["prefix"]["ids"], batch["prefix"]["mask"]  # (B, P), padded on the right
-        positions = torch.arange(ids.size(1), device=ids.device)[None]  # (1, P)
+        positions, shift = self.positions(ids, mask, batch["pixels"])
         out = self.lvlm.model.language_model(
             inputs_embeds=self.embed(ids, batch["pixels"]), attention_mask=mask,
             position_ids=positions, use_cache=True)
-        return out.past_key_values, mask
+        return out.past_key_values, mask, shift
 
     def continue_prefix(self, prefix, query, audio_tokens=None):
         """Reads a query, and its answer if there is one, after the prefix.
@@ -156,7 +167,7 @@ class OLLM(nn.Module):
         """
         # A cache grows, so each query continues a copy. The tensors are shared: growing makes new
         # ones.
-        cache, prefix_mask = copy.copy(prefix[0]), prefix[1]
+        cache, prefix_mask, shift = copy.copy(prefix[0]), *prefix[1:]
         cache.layers = [copy.copy(layer) for layer in cache.layers]
 
         # Several questions may share a row: each token sees the prefix and its own question alone.
@@ -167,11 +178,11 @@ class OLLM(nn.Module):
             mask = torch.cat([before, own], dim=2)[:, None]  # (B, 1, S, P + S)
 
         # Positions go on from the prefix's real length: padding takes no position.
-        positions = prefix_mask.sum(1, keepdim=True) + query["positions"]  # (B, S)
+        positions = prefix_mask.sum(1, keepdim=True) + shift + query["positions"]  # (B, S)
         out = self.lvlm.model.language_model(
             inputs_embeds=self.embed(query["ids"], audio_tokens=audio_tokens),
             attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
-        return out.last_hidden_state, (cache, mask)
+        return out.last_hidden_state, (cache, mask, shift)
 
     def answer_logits(self, prefix, query, audio_tokens=None):
         """Returns logits (N, V) at the positions that predict the answer, and its tokens (N,).
@@ -211,8 +222,10 @@ class OLLM(nn.Module):
 
         keep_end: leave the end mark on answers that reached it
         """
-        end = self.tokenizer.convert_tokens_to_ids(END)
+        end = self.tokenizer.convert_tokens_to_ids(CHATS[self.settings["llm"]]["end"])
         answers = query["ids"][:, :0]  # (B, tokens so far)
+        n_read = int((prefix[1].sum(1) + query["mask"].sum(1)).max())  # at most the limit
+        max_new_tokens = min(max_new_tokens, self.tokenizer.model_max_length - n_read + 1)
         while answers.size(1) < max_new_tokens and not (answers == end).any(1).all():
             hidden, prefix = self.continue_prefix(prefix, query, audio_tokens)
             token = self.lvlm.lm_head(hidden[:, -1]).argmax(-1, keepdim=True)  # (B, 1)
@@ -263,14 +276,15 @@ class OLLM(nn.Module):
             (folder / "ollm.json").write_text(json.dumps(about, indent=1) + "\n")
 
     @classmethod
-    def load(cls, run):
+    def load(cls, run, device="cpu"):
         """Reads a run folder, all frozen. An LVLM's folder or hub id gives one without audio."""
         about, base = runs.about(run), runs.base_of(run)
         with at(run):
             if base != run and runs.fingerprint(base) != about["base_fingerprint"]:
                 raise BadInput(f"was trained on another base than lies in {base} now")
-            lvlm, tokenizer = load_lvlm(base), load_tokenizer(base)
-            settings = about["settings"] or lvlm_settings(lvlm)
+            lvlm = load_lvlm(base, device=device)
+            tokenizer = load_tokenizer(base, lvlm.config.text_config)
+            settings = {"llm": "qwen2", **(about["settings"] or lvlm_settings(lvlm))}
             if base == run:
                 return cls(lvlm, tokenizer, settings, base).requires_grad_(False)
 

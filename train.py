@@ -37,6 +37,7 @@ from plumbing.processes import (all_sum, broadcast, close_processes, run_script,
                                 wait_for_all)
 from plumbing.samples import suffix_of
 from real.checkpoints import load_audio_encoder
+from real.families import BASES
 from world.make import make_if_missing
 from world.models import build_audio_encoder, build_lvlm, spread_positions
 
@@ -50,12 +51,13 @@ PRESETS = {
         "audio-text": {"lr": 1.5e-3, "global_batch": 8, "micro_batch": 4},
         "vision-audio": {"lr": 1e-3, "global_batch": 8, "micro_batch": 8},
     },
-    "internvl2-1b": {  # the paper's section 4.1; micro-batches are ours
-        "lvlm": "OpenGVLab/InternVL2-1B",
+    # The paper's base models, as in its section 4.1; micro-batches are ours.
+    **{name: {
+        "lvlm": lvlm,
         "whisper": "openai/whisper-large-v3",
-        "audio-text": {"lr": 4e-5, "global_batch": 128, "micro_batch": 16},
+        "audio-text": {"lr": 4e-5, "global_batch": 128, "micro_batch": clips},
         "vision-audio": {"lr": 4e-5, "global_batch": 64, "micro_batch": 8},
-    },
+    } for name, (lvlm, clips) in BASES.items()},
 }
 STAGES = {  # which forms of the question each reads
     "vision-text": ("question",),
@@ -89,7 +91,7 @@ def parse_arguments():
     add("--seed", type=int, default=0, help="of the start, the order and the built-in data")
     # Where things lie
     add("--data", nargs="+", help="prepared folders (default: the built-in world's)")
-    add("--init", help="run to start from; for audio-text also an InternVL2's folder or hub id")
+    add("--init", help="run to start from; for audio-text also an LVLM's folder or hub id")
     add("--whisper", help="folder or hub id of the Whisper that audio-text starts from")
     add("--out", help="run folder that the stage leaves")
     # Optimization (default: the preset's)
@@ -213,11 +215,11 @@ def learning_rate(step, steps, peak):
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def start_model(config):
+def start_model(config, device="cpu"):
     """Returns the OLLM that a stage starts from, frozen but for what the stage trains."""
     torch.manual_seed(config["seed"])
     stage = config["stage"]
-    ollm = OLLM(*build_lvlm()) if stage == "vision-text" else OLLM.load(config["init"])
+    ollm = OLLM(*build_lvlm()) if stage == "vision-text" else OLLM.load(config["init"], device)
     if stage == "audio-text" and ollm.audio_encoder is None:
         whisper = config["whisper"]
         parts = load_audio_encoder(whisper) if whisper else build_audio_encoder()
@@ -269,7 +271,7 @@ def forward_backward(model, micro_batches, alpha, temperature, device, world_siz
 def train_stage(args, config, out, rank, world_size, device):
     """Trains one stage for one epoch. Leaves a run in the folder `out`."""
     # Model and data
-    ollm, stage = start_model(config).place(device), config["stage"]
+    ollm, stage = start_model(config, device).place(device), config["stage"]
     epoch = make_epoch(config, ollm, rank, world_size)
     n_steps = min(len(epoch), config["max_steps"] or len(epoch))
 

@@ -65,11 +65,9 @@ def full_pass(ollm, batch, form):
     """
     prefix, query = batch["prefix"], batch[form]
     audio = ollm.hear(batch["mel"], batch["n_frames"]) if form == "audio" else None  # (B, A, D)
-    x = ollm.embed(torch.cat([prefix["ids"], query["ids"]], dim=1), batch["pixels"], audio)
-
-    # Padding between prefix and query takes no position, as in OLLM.continue_prefix.
-    mask = torch.cat([prefix["mask"], query["mask"]], dim=1)  # (B, T)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)  # (B, T)
+    ids, mask = (torch.cat([prefix[key], query[key]], dim=1) for key in ("ids", "mask"))  # (B, T)
+    x = ollm.embed(ids, batch["pixels"], audio)  # (B, T, D)
+    positions, _ = ollm.positions(ids, mask, batch["pixels"])
     return ollm.lvlm.model.language_model(inputs_embeds=x, attention_mask=mask, use_cache=False,
                                           position_ids=positions).last_hidden_state
 

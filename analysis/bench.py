@@ -41,7 +41,6 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 from transformers import InternVLForConditionalGeneration, WhisperConfig, WhisperFeatureExtractor
-from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 import data
@@ -52,7 +51,8 @@ from loss import self_kd_loss
 from model import OLLM, half_precision
 from plumbing import tables
 from plumbing.files import readable_errors
-from real.checkpoints import lvlm_settings, native_config
+from real.checkpoints import native_config
+from real.families import lvlm_settings
 from world.models import build_audio_encoder, build_lvlm
 
 INTERNVL2_1B = {  # what matters here of its config.json
@@ -204,7 +204,7 @@ def to_float64(module):
     transformers' RMSNorm computes in float32 even then; torch's own keeps the precision.
     """
     for name, child in module.named_children():
-        if isinstance(child, Qwen2RMSNorm):
+        if hasattr(child, "variance_epsilon"):
             norm = nn.RMSNorm(child.weight.shape, eps=child.variance_epsilon)
             norm.weight = child.weight
             setattr(module, name, norm)
@@ -225,7 +225,8 @@ def make_batch(ollm, tiles, args, audio_seconds):
         wave = rng.standard_normal(round(args.seconds * data.SAMPLE_RATE), dtype=np.float32)
         samples.append({"question": " ".join(["what"] * args.question),
                         "answer": " ".join(["red"] * (args.answer - 1)),  # and the end mark
-                        "pixels": torch.from_numpy(pixels), "wave": 0.1 * wave})
+                        "pixels": {"pixel_values": torch.from_numpy(pixels)},
+                        "wave": 0.1 * wave})
     settings = {**ollm.settings, "audio_seconds": audio_seconds}
     batch = data.collate(samples, ollm.tokenizer, ollm.mel_extractor, settings)
     return data.to(batch, ollm.lvlm.device)
@@ -252,9 +253,10 @@ def floor(ollm, batch):
     """
     llm, (samples, prefix) = ollm.lvlm.config.text_config, batch["prefix"]["ids"].shape
     student = batch["audio"]["ids"].size(1)
+    tiles = len(batch["pixels"]["pixel_values"]) // samples
     step = step_flops(
-        ollm.lvlm.config, ollm.audio_encoder.config, tiles=len(batch["pixels"]) // samples,
-        prefix=prefix, teacher=batch["text"]["ids"].size(1), student=student,
+        ollm.lvlm.config, ollm.audio_encoder.config, tiles=tiles, prefix=prefix,
+        teacher=batch["text"]["ids"].size(1), student=student,
         answers=int((batch["text"]["labels"] != IGNORE).sum()) // samples,
         frames=batch["mel"].size(-1))
 
@@ -274,7 +276,8 @@ def worst_difference(args):
     to_float64(ollm)
     trained = [p for p in ollm.parameters() if p.requires_grad]
     batch = make_batch(ollm, 4, args, 30)
-    batch |= {key: batch[key].double() for key in ("pixels", "mel")}
+    pixels = batch["pixels"]["pixel_values"].double()
+    batch |= {"pixels": {"pixel_values": pixels}, "mel": batch["mel"].double()}
 
     def gradient(loss_of, alpha):
         gradients = torch.autograd.grad(loss_of(ollm, batch, alpha), trained)

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from benchmarks import endpoint
 from benchmarks.scorers import BENCHMARKS, image_of, prompt, read_tsv, score
-from data import pixels, tile
+from data import pixels
 from model import OLLM
 from plumbing import runs
 from plumbing.files import BadInput, at, only_writer, write_json_lines, write_text
@@ -33,6 +33,7 @@ from real import corpora
 DEFAULT_VOICES = {"espeak": VOICES[0], "mms": "facebook/mms-tts-eng"}
 SPEEDS = (175, 260, 350, 450)  # words a minute: long questions are spoken faster
 VLMEVALKIT_TILES = {"ChartQA_TEST": 12, "DocVQA_VAL": 18, "InfoVQA_VAL": 24}  # others 6 (July 2024)
+QWEN2_VL_TILES = {"min_tiles": 5, "max_tiles": 64}  # pixels of a picture, in all seven
 
 # What the table says of a benchmark beside the paper's columns.
 SHARES = ("yes ratio of answered", "yes ratio of all", "unknown share")
@@ -52,7 +53,7 @@ def add_arguments(parser):
     add("--speech", default="runs/speech", help="folder that keeps the benchmarks' speech")
     add("--max-new-tokens", type=int, default=64, help="of an answer, in benchmarks")
     add("--vlmevalkit-tiles", action="store_true",
-        help="cut pictures into as many tiles as VLMEvalKit did for InternVL2: 6 to 24")
+        help="tiles as VLMEvalKit had them: InternVL2 6 to 24, Qwen2-VL 5 to 64 in one picture")
     add("--endpoint", metavar="URL", help="ask an OpenAI-compatible chat server (.../v1), too")
     add("--model", help="the name of the server's model")
 
@@ -73,16 +74,17 @@ def bench_files(paths):
     return files
 
 
-def bench_rows(path, n, suffix):
+def bench_rows(path, n, suffix, llm="qwen2"):
     """Returns a benchmark's first n rows, each with "prompt": what is written, "aloud" and "after".
 
     suffix: "spoken", "written" or "dropped", what becomes of options and format behind the question
+    llm: whose wording
     """
     rows, dropped = read_tsv(path)
     if dropped:
         print(f"{path}: {dropped} rows without a picture are left out, as VLMEvalKit does")
     for row in rows:
-        question, rest = prompt(path.stem, row)
+        question, rest = prompt(path.stem, row, llm)
         row["prompt"] = question if suffix == "dropped" else question + rest
         row["aloud"] = question + rest if suffix == "spoken" else question
         row["after"] = rest if suffix == "written" else ""
@@ -92,14 +94,13 @@ def bench_rows(path, n, suffix):
 def bench_sample(row, forms, settings, args):
     """Returns a row as a sample: its picture, and its prompt in writing, and aloud if need be.
 
-    settings: {"max_tiles", "image_size"} of the picture's tiles; None leaves it whole (a server's)
+    settings: of the picture's tiles, as model.py has them; None leaves it as it is (a server's)
     """
     with at(row["where"]):
         sample = {"where": row["where"], "image": image_of(row), "question": row["prompt"],
                   "answer": ""}
         if settings:
-            tiles = tile(sample["image"], settings["max_tiles"], settings["image_size"])
-            sample["pixels"] = pixels(tiles)  # (N, 3, H, W)
+            sample["pixels"] = pixels(sample["image"], settings)
         if "audio" in forms:
             sample |= {"wave": speech(row["aloud"], args), "after": row["after"]}  # (samples,)
         return sample
@@ -155,7 +156,7 @@ def run_subject(run, args):
     understands, "settings" of its tiles, "version" (8 hex digits of its weights), and "answer", a
     function of (samples, forms) that returns {form: [answer, ...]}.
     """
-    ollm, about = OLLM.load(run).place(args.device).eval(), runs.about(run)
+    ollm, about = OLLM.load(run, args.device).place(args.device).eval(), runs.about(run)
     settings = dict(ollm.settings)
     if args.max_tiles is not None:
         settings["max_tiles"] = args.max_tiles
@@ -242,11 +243,12 @@ def score_subject(subject, files, args):
         suffix = args.suffix or (settings or {}).get("suffix", "spoken")
         name = f"{file.stem}-{suffix}-{voice}-{args.max_new_tokens}tokens"
         if settings and args.vlmevalkit_tiles:
-            settings = {**settings, "max_tiles": VLMEVALKIT_TILES.get(file.stem, 6)}
+            tiles = {"max_tiles": VLMEVALKIT_TILES.get(file.stem, 6)}
+            settings = settings | (QWEN2_VL_TILES if "min_tiles" in settings else tiles)
         if settings:
             name += f"-{settings['max_tiles']}tiles-{subject['version']}"
 
-        rows = bench_rows(file, args.n, suffix)
+        rows = bench_rows(file, args.n, suffix, (settings or {}).get("llm", "qwen2"))
         if args.tts == "mms" and "audio" in subject["forms"]:
             speak_mms(rows, args)
         path = subject["folder"] / f"predictions/{name}.jsonl"

@@ -4,9 +4,9 @@
 
 The files are VLMEvalKit's (https://opencompass.openxlab.space/utils/VLMEval/MME.tsv and so on): a
 row a question, its picture in base64. Prompts and scores are those that VLMEvalKit used for
-InternVL2 in February 2025, when the paper was written, without a judge model: an answer in the
-wrong form is wrong. Each scorer names the function there that it follows, with all its quirks.
-Later versions changed some of them, so scores of today's VLMEvalKit differ.
+InternVL2 and Qwen2-VL in February 2025, when the paper was written, without a judge model: an
+answer in the wrong form is wrong. Each scorer names the function there that it follows, with all
+its quirks. Later versions changed some of them, so scores of today's VLMEvalKit differ.
 
 A row is a dict, {column: cell}. `score` takes rows from anywhere, each with its "prediction".
 """
@@ -25,6 +25,7 @@ from torchaudio.functional import edit_distance
 
 from plumbing.files import BadInput, at
 from plumbing.media import load_image
+from real.families import CHATS, QWEN2_VL
 
 # By the file's stem: the paper's columns, and which of the scorer's numbers stands in each.
 BENCHMARKS = {
@@ -140,11 +141,14 @@ def image_of(row):
 BRIEFLY = "Answer the question using a single word or phrase."
 
 
-def prompt(benchmark, row):
-    """Returns InternVL2's prompt in two parts: the question, and all that follows it.
+def prompt(benchmark, row, llm="qwen2"):
+    """Returns an LVLM's prompt in two parts: the question, and all that follows it.
 
-    Follows InternVLChat.build_prompt; the parts are to be joined without a blank.
+    Follows InternVLChat.build_prompt, or Qwen2VLPromptMixin's; the parts are to be joined without a
+    blank. llm: model.py's setting, which names the family
     """
+    if CHATS[llm] == QWEN2_VL:
+        return qwen2_vl_prompt(benchmark, row)
     if benchmark == "RealWorldQA":
         lines = [f"{letter}. {option}" for letter, option in options(row).items()]
         lines += ["Answer with the option's letter from the given choices directly." if lines
@@ -152,6 +156,18 @@ def prompt(benchmark, row):
         return need(row, "question"), "".join(f"\n{line}" for line in lines)
     rest = {"MME": f" {BRIEFLY}", "HallusionBench": f" Please answer yes or no. {BRIEFLY}"}
     return need(row, "question"), rest.get(benchmark, f"\n{BRIEFLY}")
+
+
+def qwen2_vl_prompt(benchmark, row):
+    """Returns Qwen2-VL's prompt in the same two parts."""
+    if benchmark == "RealWorldQA":
+        lines = [f"{letter}. {option}" for letter, option in options(row).items()]
+        if lines:
+            lines = ["Options:", *lines, "Please select the correct answer from the options above."]
+        return f"Question: {need(row, 'question')}", "".join(f"\n{line}" for line in lines)
+    briefly = "Please try to answer the question with short words or phrases if possible."
+    rest = {"MME": "", "HallusionBench": " Please answer yes or no."}
+    return need(row, "question"), rest.get(benchmark, f"\n{briefly}")
 
 
 def options(row):

@@ -1,14 +1,15 @@
-"""The real models: InternVL2 and Whisper from folders or hub ids, in transformers' own classes.
+"""The real models, LVLMs and Whisper from folders or hub ids, in transformers' own classes.
 
-    lvlm, tokenizer = load_lvlm("OpenGVLab/InternVL2-1B"), load_tokenizer("OpenGVLab/InternVL2-1B")
+    lvlm = load_lvlm("OpenGVLab/InternVL2-1B")
+    tokenizer = load_tokenizer("OpenGVLab/InternVL2-1B", lvlm.config.text_config)
     audio_encoder, mel_extractor = load_audio_encoder("openai/whisper-large-v3")
 
 InternVL2 is published with code of its own. Here its weights get the names of transformers'
 InternVL, and no remote code is run. Weights are read from safetensors alone. A setting that is left
 out would load without a word and give wrong numbers: what does not fit is refused.
 
-There is nothing to run here. `python -m pytest tests/test_internvl2.py` compares it with the
-original code's outputs.
+There is nothing to run here. `python -m pytest tests/test_internvl2.py tests/test_families.py`
+compares it with the original code's outputs.
 """
 
 import re
@@ -16,37 +17,55 @@ import re
 import torch
 import transformers
 from safetensors import safe_open
-from transformers import (AutoTokenizer, InternVLConfig, InternVLForConditionalGeneration,
-                          Qwen2Tokenizer, WhisperConfig, WhisperFeatureExtractor)
+from transformers import (AutoConfig, AutoModelForImageTextToText, AutoTokenizer, InternVLConfig,
+                          PreTrainedTokenizerFast, Qwen2Tokenizer, WhisperConfig,
+                          WhisperFeatureExtractor)
 from transformers.initialization import no_init_weights
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from plumbing.files import BadInput, at, read_json
 from plumbing.runs import differences, fetch
+from real.families import CHATS
 
 transformers.utils.logging.disable_progress_bar()  # our own bars show what takes long
 transformers.utils.logging.set_verbosity_error()  # and our own checks say what is wrong
 
-SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>")
-SYSTEM_MESSAGE = ("你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，"
-                  "英文名叫InternVL, 是一个有用无害的人工智能助手。")  # InternVL2's own, to the letter
-ORIGINAL_NAMES = (  # OpenGVLab's parameter names, as regular expressions, and transformers'
-    (r"^vision_model\.embeddings\.class_embedding$", "model.vision_tower.embeddings.cls_token"),
-    (r"^vision_model\.embeddings\.position_embedding$",
-     "model.vision_tower.embeddings.position_embeddings"),
-    (r"^vision_model\.embeddings\.patch_embedding\.",
-     "model.vision_tower.embeddings.patch_embeddings.projection."),
-    (r"^vision_model\.encoder\.layers\.", "model.vision_tower.encoder.layer."),
-    (r"\.attn\.proj\.", ".attention.projection_layer."),
-    (r"\.norm1\.", ".layernorm_before."),
-    (r"\.norm2\.", ".layernorm_after."),
-    (r"\.ls([12])$", r".lambda_\1"),
-    (r"^mlp1\.0\.", "model.multi_modal_projector.layer_norm."),
-    (r"^mlp1\.1\.", "model.multi_modal_projector.linear_1."),
-    (r"^mlp1\.3\.", "model.multi_modal_projector.linear_2."),
-    (r"^language_model\.model\.", "model.language_model."),
-    (r"^language_model\.lm_head\.", "lm_head."),
-)
+LLMS = {"Qwen2ForCausalLM": "qwen2", "InternLM2ForCausalLM": "llama", "Phi3ForCausalLM": "phi3"}
+NAMES = {  # by config.json's model_type: published parameter names, as patterns, and transformers'
+    "internvl_chat": (  # OpenGVLab's InternVL2
+        (r"^vision_model\.embeddings\.class_embedding$", "model.vision_tower.embeddings.cls_token"),
+        (r"^vision_model\.embeddings\.position_embedding$",
+         "model.vision_tower.embeddings.position_embeddings"),
+        (r"^vision_model\.embeddings\.patch_embedding\.",
+         "model.vision_tower.embeddings.patch_embeddings.projection."),
+        (r"^vision_model\.encoder\.layers\.", "model.vision_tower.encoder.layer."),
+        (r"\.attn\.proj\.", ".attention.projection_layer."),
+        (r"\.norm1\.", ".layernorm_before."),
+        (r"\.norm2\.", ".layernorm_after."),
+        (r"\.ls([12])$", r".lambda_\1"),
+        (r"^mlp1\.0\.", "model.multi_modal_projector.layer_norm."),
+        (r"^mlp1\.1\.", "model.multi_modal_projector.linear_1."),
+        (r"^mlp1\.3\.", "model.multi_modal_projector.linear_2."),
+        (r"^language_model\.model\.", "model.language_model."),
+        (r"^language_model\.(lm_head|output)\.", "lm_head."),
+        # InternLM2's other names
+        (r"\.tok_embeddings\.", ".embed_tokens."),
+        (r"\.attention_norm\.", ".input_layernorm."),
+        (r"\.ffn_norm\.", ".post_attention_layernorm."),
+        (r"\.attention\.wo\.", ".self_attn.o_proj."),
+        (r"\.attention\.w([qkv])\.", r".self_attn.\1_proj."),
+        (r"\.feed_forward\.w1\.", ".mlp.gate_proj."),
+        (r"\.feed_forward\.w2\.", ".mlp.down_proj."),
+        (r"\.feed_forward\.w3\.", ".mlp.up_proj.")),
+    "internvl": (  # as transformers saves it: the built-in world's runs
+        (r"^(vision_tower|multi_modal_projector)\.", r"model.\1."),
+        (r"^language_model\.model\.", "model.language_model."),
+        (r"^language_model\.lm_head\.", "lm_head.")),
+    "qwen2_vl": (
+        (r"^visual\.", "model.visual."),
+        (r"^model\.(embed_tokens|layers|norm)\.", r"model.language_model.\1.")),
+}
+NAMES["qwen2_5_vl"] = NAMES["qwen2_vl"]
 
 
 # ---- weights -------------------------------------------------------------------------------------
@@ -67,7 +86,7 @@ def stored_tensors(folder):
 def load_weights(module, tensors):
     """Copies (name, tensor) pairs into a module. Raises BadInput if a name or a shape is off."""
     own = module.state_dict()
-    missing, unknown = set(own), []
+    loaded, unknown = set(), []
     with torch.no_grad():
         for key, tensor in tensors:
             if key not in own:
@@ -76,39 +95,51 @@ def load_weights(module, tensors):
             if tensor.shape != own[key].shape:  # copy_ would broadcast
                 raise BadInput(f"{key} has the shape {tuple(tensor.shape)}, "
                                f"not {tuple(own[key].shape)}")
+            # A head that is tied to the embeddings is one tensor with two names.
+            place = own[key].data_ptr()
+            if place in loaded and not torch.equal(own[key], tensor.to(own[key])):
+                raise BadInput(f"{key} is stored, but tied to another tensor")
             own[key].copy_(tensor)
-            missing.discard(key)
+            loaded.add(place)
+
+    missing = [key for key in own if own[key].data_ptr() not in loaded]
     if missing or unknown:
         raise BadInput(f"the weights do not fit: {len(missing)} missing {sorted(missing)[:3]}, "
                        f"{len(unknown)} unknown {sorted(unknown)[:3]}")
 
 
-# ---- InternVL2 -----------------------------------------------------------------------------------
+# ---- LVLMs ---------------------------------------------------------------------------------------
 
 
-def load_lvlm(path, image_token_id=None, dtype=torch.float32):
-    """Returns InternVLForConditionalGeneration from a folder or hub id.
+def load_lvlm(path, image_token_id=None, dtype=None, device="cpu"):
+    """Returns the LVLM of a folder or hub id: InternVLForConditionalGeneration, or Qwen2VL...
 
-    The layout may be OpenGVLab's original one or transformers' own.
+    InternVL's layout may be OpenGVLab's original one or transformers' own.
     image_token_id: of <IMG_CONTEXT>; None is what the tokenizer says (original layout only)
+    dtype: of the parameters; None is bfloat16 on a GPU, float32 elsewhere
+    Each tensor goes to the device as it is stored. Memory for all in float32 would not do: there
+    may be 8 billion, and as many processes. Buffers are not rounded: angles of far positions
+    would be wrong.
     """
+    if dtype is None:
+        dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
     folder = fetch(path)
     config = read_json(folder / "config.json")
     with at(path):
-        if config.get("model_type") == "internvl":
-            lvlm, info = InternVLForConditionalGeneration.from_pretrained(
-                folder, dtype=dtype, use_safetensors=True, output_loading_info=True)
-            if info["missing_keys"]:
-                missing = sorted(info["missing_keys"])
-                raise BadInput(f"the weights do not fit: missing {missing[:3]}")
-            return lvlm
-
-        if image_token_id is None:
-            image_token_id = load_tokenizer(folder).convert_tokens_to_ids("<IMG_CONTEXT>")
-        with no_init_weights():  # 938 million random numbers that nobody would look at
+        layout = config.get("model_type")
+        if layout not in NAMES:
+            raise BadInput(f"a model of the type {layout!r}; supported are InternVL2 "
+                           f"(internvl_chat) and transformers' {', '.join([*NAMES][1:])}")
+        if layout != "internvl_chat":
+            config = AutoConfig.from_pretrained(folder)
+        else:
+            if image_token_id is None:
+                image_token_id = load_tokenizer(folder).convert_tokens_to_ids("<IMG_CONTEXT>")
             config = native_config(config, image_token_id)
-            lvlm = InternVLForConditionalGeneration(config).to(dtype)
-        load_weights(lvlm, rename(stored_tensors(folder)))
+        with no_init_weights():  # up to 8 billion random numbers that nobody would look at
+            lvlm = AutoModelForImageTextToText.from_config(config, dtype=dtype).to(device)
+        lvlm.tie_weights()
+        load_weights(lvlm, rename(stored_tensors(folder), NAMES[layout], config.text_config))
         return lvlm.eval()
 
 
@@ -119,16 +150,13 @@ def native_config(config, image_token_id):
     the qkv bias, tied embeddings and rotations differ, and would load and give wrong numbers.
     Raises BadInput for a model of another kind.
     """
-    if config.get("model_type") != "internvl_chat":
-        raise BadInput(f"a model of the type {config.get('model_type')!r}; supported are InternVL2 "
-                       "(internvl_chat) and transformers' internvl")
     vision, llm = config["vision_config"], config["llm_config"]
     family = (llm.get("architectures") or ["?"])[0]
     is_6b = vision.get("qk_normalization") or vision.get("norm_type") != "layer_norm"
-    if family != "Qwen2ForCausalLM" or is_6b:
+    if family not in LLMS or is_6b:
         encoder = "InternViT-6B" if is_6b else "InternViT-300M"
-        raise BadInput(f"this InternVL has {family} and {encoder}; supported are Qwen2 and "
-                       "InternViT-300M (the 1B)")
+        raise BadInput(f"this InternVL has {family} and {encoder}; supported are {', '.join(LLMS)} "
+                       "and InternViT-300M (the 1B, 2B, 4B and 8B)")
     if config.get("ps_version") != "v2" or config.get("select_layer") != -1:
         raise BadInput(f"supported are ps_version v2 and select_layer -1, not "
                        f"{config.get('ps_version')} and {config.get('select_layer')}")
@@ -143,54 +171,85 @@ def native_config(config, image_token_id):
     text_keys = (*same, "vocab_size", "num_key_value_heads", "rms_norm_eps",
                  "max_position_embeddings")
     text_config = {key: llm[key] for key in text_keys}
-    text_config |= {"model_type": "qwen2",
-                    "rope_parameters": {"rope_type": "default", "rope_theta": llm["rope_theta"]},
+    text_config |= {**rotations(llm), "model_type": LLMS[family],
                     "bos_token_id": llm.get("bos_token_id"),
-                    "eos_token_id": llm.get("eos_token_id")}
+                    "eos_token_id": llm.get("eos_token_id"),
+                    "pad_token_id": None}  # Phi-3's default lies outside of small vocabularies
 
     ratio = config["downsample_ratio"]
     side = vision["image_size"] // vision["patch_size"] * ratio  # of a tile, in tokens
     return InternVLConfig(
         vision_config=vision_config, text_config=text_config, image_token_id=image_token_id,
         image_seq_length=int(side * side), downsample_ratio=ratio,
+        template=config.get("template", CHATS[LLMS[family]]["template"]),
         tie_word_embeddings=False)  # lm_head is stored, whatever the original's flag says
 
 
-def rename(tensors):
-    """Yields (name, tensor) pairs of the original layout under transformers' names.
+def rotations(llm):
+    """Returns how an original llm_config turns keys, as two values of transformers' text_config."""
+    scaling = dict(llm.get("rope_scaling") or {"type": "default"})
+    kind = scaling.pop("type")
+    rope = {"rope_type": {"su": "longrope"}.get(kind, kind),  # Phi-3's, which has been renamed
+            "rope_theta": llm["rope_theta"], **scaling}
+    limit = {key: llm[key] for key in ["original_max_position_embeddings"] if key in llm}
+    return limit | {"rope_parameters": rope}
 
-    The vision encoder's fused qkv is cut in three.
+
+def rename(tensors, names, llm):
+    """Yields (name, tensor) pairs of a published layout under transformers' names.
+
+    Fused projections are cut in three: the vision encoder's, and InternLM2's, whose rows go by key
+    head: the queries that share it, the key, the value. llm: the text_config
     """
+    share = llm.num_attention_heads // llm.num_key_value_heads  # queries of a key head
     for key, tensor in tensors:
-        if ".attn.qkv." in key:
-            for name, part in zip(("q_proj", "k_proj", "v_proj"), tensor.chunk(3)):
-                yield from rename([(key.replace(".attn.qkv.", f".attention.{name}."), part)])
-            continue
-        for pattern, name in ORIGINAL_NAMES:
-            key = re.sub(pattern, name, key)
-        yield key, tensor
+        parts = [(key, tensor)]
+        if "vision_model." in key and ".attn.qkv." in key:
+            parts = [(key.replace(".attn.qkv.", f".attention.{name}_proj."), part)
+                     for name, part in zip("qkv", tensor.chunk(3))]
+        if ".attention.wqkv." in key:
+            heads = tensor.unflatten(0, (llm.num_key_value_heads, share + 2, -1))
+            parts = [(key.replace("wqkv", f"w{name}"), part.flatten(0, 2))
+                     for name, part in zip("qkv", heads.split((share, 1, 1), dim=1))]
+        for key, part in parts:
+            for pattern, name in names:
+                key = re.sub(pattern, name, key)
+            yield key, part
 
 
-def lvlm_settings(lvlm):
-    """Returns how prompts are made for a real InternVL2; the instruction to transcribe is ours."""
-    return {"system": SYSTEM_MESSAGE, "image_size": lvlm.config.vision_config.image_size[0],
-            "tokens_per_tile": lvlm.config.image_seq_length, "max_tiles": 6,
-            "instruction": "Transcribe the speech."}
+def load_tokenizer(path, llm=None):
+    """Returns a model's tokenizer, without remote code.
 
-
-def load_tokenizer(path):
-    """Returns a model's tokenizer. InternVL2's is Qwen2's, from vocab.json and merges.txt."""
+    llm: the LVLM's text_config, to check that the chat's marks are tokens, and to take no prompt
+    beyond the LLM's positions. Some LLMs turn all keys by other angles when a prompt is longer;
+    those of a prefix that was read before would keep the old ones.
+    """
     folder = fetch(path)
     with at(f"{folder}: the tokenizer does not load"):
+        # transformers would choose LlamaTokenizer for tokenizer.model, which shifts the ids of
+        # InternLM2's special tokens. Where a prompt begins with <s>, the chat writes it.
+        kind = Qwen2Tokenizer
         if (folder / "tokenizer.json").exists():
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        else:
-            tokenizer = Qwen2Tokenizer.from_pretrained(folder)
-        ids = tokenizer.get_vocab()
-        missing = [token for token in SPECIAL_TOKENS
-                   if tokenizer(token).input_ids != [ids.get(token)]]
-        if missing or tokenizer.pad_token not in SPECIAL_TOKENS:
+            kind = AutoTokenizer
+        elif (folder / "tokenizer.model").exists():
+            kind = PreTrainedTokenizerFast
+        tokenizer = kind.from_pretrained(folder, add_bos_token=False)
+        if llm is None:
+            return tokenizer
+
+        chat, vocabulary = CHATS[llm.model_type], tokenizer.get_vocab()
+        written = chat["before"] + "".join(chat["image"]) + chat["after"] + chat["end"]
+        missing = [mark for mark in sorted(set(re.findall(r"<[^<>\s]+>", written)))
+                   if tokenizer(mark).input_ids != [vocabulary.get(mark)]]
+        if missing or tokenizer.pad_token_id is None:
             raise BadInput(f"it lacks {missing or 'a token for padding'}")
+        if max(vocabulary.values()) >= llm.vocab_size:
+            raise BadInput(f"it has tokens beyond the LLM's {llm.vocab_size:,}")
+        if tokenizer(chat["end"] + "A").input_ids[1:] != tokenizer("A").input_ids:
+            raise BadInput("it puts something before a text that stands alone")
+        limit = llm.rope_parameters.get("original_max_position_embeddings",
+                                        llm.max_position_embeddings)
+        tokenizer.model_max_length = min(tokenizer.model_max_length, limit)
         return tokenizer
 
 

@@ -19,7 +19,9 @@ sys.path.insert(0, str(ROOT))
 
 import pytest
 import torch
-from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration
+from safetensors.torch import save_file
+from transformers import (AutoConfig, AutoModelForImageTextToText, WhisperConfig,
+                          WhisperFeatureExtractor, WhisperForConditionalGeneration)
 
 import data
 from analysis.bench import to_float64
@@ -112,8 +114,11 @@ def start(tmp_path_factory):
 def collate(ollm, samples, **options):
     """A batch in the model's precision."""
     batch = data.collate(samples, ollm.tokenizer, ollm.mel_extractor, ollm.settings, **options)
+    dtype = ollm.projector.weight.dtype
     if batch["mel"] is not None:
-        batch["mel"] = batch["mel"].to(ollm.projector.weight.dtype)
+        batch["mel"] = batch["mel"].to(dtype)
+    if batch["pixels"] and batch["pixels"]["pixel_values"].dtype != torch.uint8:
+        batch["pixels"]["pixel_values"] = batch["pixels"]["pixel_values"].to(dtype)
     return batch
 
 
@@ -122,6 +127,12 @@ def build_internvl2(folder):
     folder = folder / "internvl2"
     shutil.copytree(FIXTURES / "internvl2_tiny_a", folder)
     special = json.loads((folder / "fixture.json").read_text())["special_token_ids"]
+    write_tokenizer(folder, special)
+    return folder
+
+
+def write_tokenizer(folder, special):
+    """Writes a tokenizer of letters in Qwen2's files; special: {token: id}, behind all letters."""
     letters = [chr(i) for i in range(33, 127)] + ["\u0120", "\u010a"]  # byte-pair space and newline
     words = letters + [f"\u0120{c}{d}" for c in "abcdefgh" for d in "aeiourstnlm,"]
     vocabulary = {word: i for i, word in enumerate(words[:min(special.values())])}
@@ -132,7 +143,63 @@ def build_internvl2(folder):
     (folder / "tokenizer_config.json").write_text(json.dumps(
         {"added_tokens_decoder": tokens, "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>",
          "tokenizer_class": "Qwen2Tokenizer", "model_max_length": 8192}))
+
+
+QWEN2_VL_TOKENS = [f"<|{name}|>" for name in (
+    "endoftext", "im_start", "im_end", "object_ref_start", "object_ref_end", "box_start", "box_end",
+    "quad_start", "quad_end", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad")]
+
+
+def build_qwen2_vl(folder, tied=True, kind="qwen2_vl"):
+    """A tiny Qwen2-VL in the layout that it is published in: a flat config.json, older names."""
+    torch.manual_seed(0)
+    folder = folder / kind
+    folder.mkdir()
+    vision = {"depth": 2, "hidden_size": 64, "out_hidden_size": 64, "embed_dim": 32, "num_heads": 2,
+              "mlp_ratio": 2, "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2,
+              "in_chans": 3}
+    if kind == "qwen2_5_vl":
+        vision |= {"hidden_size": 32, "intermediate_size": 64, "fullatt_block_indexes": [1]}
+    flat = {"model_type": kind, "hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 199,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 96,
+            "rms_norm_eps": 1e-6, "rope_theta": 1e6, "max_position_embeddings": 4096,
+            "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
+            "initializer_range": 0.08, "tie_word_embeddings": tied, "vision_config": vision}
+    (folder / "config.json").write_text(json.dumps(flat | write_qwen2_vl_tokenizer(folder)))
+    lvlm = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder))
+    save_file(published_names(lvlm, tied), folder / "model.safetensors")
     return folder
+
+
+def write_qwen2_vl_tokenizer(folder):
+    """Writes a tokenizer of letters and Qwen2-VL's special tokens; returns their ids' names."""
+    special = {token: 185 + i for i, token in enumerate(QWEN2_VL_TOKENS)}
+    write_tokenizer(folder, special)
+    names = {"bos": "endoftext", "eos": "im_end", "vision_start": "vision_start",
+             "vision_end": "vision_end", "image": "image_pad", "video": "video_pad"}
+    return {f"{key}_token_id": special[f"<|{name}|>"] for key, name in names.items()}
+
+
+def published_names(qwen2_vl, tied):
+    """Returns {name: tensor} of a Qwen2-VL as it is published; a head that is tied is not."""
+    names = {"model.language_model.": "model.", "model.visual.": "visual."}
+    tensors = {}
+    for name, tensor in qwen2_vl.state_dict().items():
+        start = next((start for start in names if name.startswith(start)), "")
+        tensors[names.get(start, "") + name.removeprefix(start)] = tensor
+    if tied:
+        tensors.pop("lm_head.weight")
+    return tensors
+
+
+def build_lvlm_folder(family, folder):
+    """A tiny checkpoint of a family, as it is published: name it by its setting "llm"."""
+    if family == "qwen2":
+        return build_internvl2(folder)
+    if family in ("llama", "phi3"):
+        name = {"llama": "internlm2"}.get(family, family)
+        return shutil.copytree(FIXTURES / f"internvl2_tiny_{name}", folder / name)
+    return build_qwen2_vl(folder, family != "untied", "qwen2_vl" if family == "untied" else family)
 
 
 def build_whisper(folder):

@@ -102,7 +102,8 @@ def test_spans_partition_the_sequence(ollm, samples, form):
         lengths = torch.bincount(span, minlength=len(SPANS)).tolist()
         question = QUESTIONS[i].split()
         query = len(question) if form == "text" else data.audio_tokens(samples[i]["wave"])
-        assert lengths[VISION] == 4 * len(samples[i]["pixels"]) and lengths[QUERY] == query
+        assert lengths[VISION] == 4 * len(samples[i]["pixels"]["pixel_values"])
+        assert lengths[QUERY] == query
         assert words(row[span == TURN]) == ["<|im_end|>", "<|im_start|>", "assistant", "\n"]
         assert words(row[span == RESPONSE]) == [*ANSWERS[i].split(), "<|im_end|>"]
         assert words(row[span == VISION]) == ["<IMG_CONTEXT>"] * lengths[VISION]

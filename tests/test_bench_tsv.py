@@ -182,6 +182,8 @@ def test_weights_that_changed_are_asked_anew(copy):
 
 def test_an_lvlm_that_is_no_run_keeps_its_folder_clean(copy):
     (copy / "base/ollm.json").unlink()
+    config = json.loads((copy / "base/config.json").read_text())
+    (copy / "base/config.json").write_text(json.dumps(config | {"template": "Hermes-2"}))
     before = sorted((copy / "base").iterdir())
     done = run_here("eval.py", "base", "--bench", "tsv/DocVQA_VAL.tsv", "--max-new-tokens", 2,
                     cwd=copy)

@@ -31,6 +31,7 @@ from model import OLLM
 from plumbing import runs
 from plumbing.files import BadInput
 from real import checkpoints
+from real.families import INTERNVL2
 from world.models import build_lvlm
 
 TINY = FIXTURES / "internvl2_tiny_a"
@@ -78,8 +79,7 @@ def spoilt(tmp_path, change=None, **config):
     (lambda t: t.pop("mlp1.1.bias"), {}, "linear_1.bias"),
     (lambda t: t.update({"vision_model.extra": torch.zeros(1)}), {}, "vision_model.extra"),
     (lambda t: t.update({"mlp1.1.bias": torch.zeros(3)}), {}, "the shape"),
-    (None, {"llm_config__architectures": ["InternLM2ForCausalLM"]}, "InternLM2ForCausalLM"),
-    (None, {"llm_config__architectures": ["Phi3ForCausalLM"]}, "Phi3ForCausalLM"),
+    (None, {"llm_config__architectures": ["GemmaForCausalLM"]}, "GemmaForCausalLM"),
     (None, {"vision_config__qk_normalization": True}, "InternViT-6B"),
     (None, {"ps_version": "v1"}, "ps_version"),
     (None, {"model_type": "llava"}, "llava"),
@@ -154,10 +154,10 @@ def prompt_references():
 
 def our_prompt(tokenizer, question, tiles, answer, tokens_per_tile):
     """Returns (ids, labels) as `collate` makes them, prefix and query joined."""
-    settings = {"system": checkpoints.SYSTEM_MESSAGE, "tokens_per_tile": tokens_per_tile}
+    settings = {"llm": "qwen2", "system": INTERNVL2["system"], "tokens_per_tile": tokens_per_tile}
     sample = {"question": question, "answer": answer or ""}
     if tiles:
-        sample["pixels"] = torch.zeros(tiles[0], 1, 1, 1)
+        sample["pixels"] = {"pixel_values": torch.zeros(tiles[0], 1, 1, 1)}
     batch = data.collate([sample], tokenizer, None, settings, answers=answer is not None)
     ids = batch["prefix"]["ids"][0].tolist() + batch["text"]["ids"][0].tolist()
     labels = batch["text"]["labels"][0]
@@ -251,7 +251,7 @@ def test_the_preset_aligns_trains_and_answers_from_original_checkpoints(world, t
     about, before, after = runs.about(run), OLLM.load(aligned), OLLM.load(run)
     settings = about["settings"]
     assert settings["max_tiles"] == 3 and settings["audio_seconds"] == 4
-    assert settings["system"] == checkpoints.SYSTEM_MESSAGE and settings["tokens_per_tile"] == 4
+    assert settings["system"] == INTERNVL2["system"] and settings["tokens_per_tile"] == 4
     assert runs.base_of(run) == lvlm and about["training"]["lr"] == 4e-5
     assert not torch.equal(before.projector.weight, after.projector.weight)
     for key, value in checkpoints.load_lvlm(lvlm).state_dict().items():

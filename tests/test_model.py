@@ -32,8 +32,7 @@ def make_samples(ollm, n=4, seed=0):
         image = Image.fromarray(rng.integers(0, 255, (*SIZES[i][::-1], 3), dtype=np.uint8))
         samples.append({
             "id": str(i), "question": QUESTIONS[i], "answer": ANSWERS[i],
-            "pixels": data.pixels(data.tile(image, ollm.settings["max_tiles"],
-                                            ollm.settings["image_size"])),
+            "pixels": data.pixels(image, ollm.settings),
             "wave": data.speak(QUESTIONS[i])[0][: 9000 + 777 * i]})
     return samples
 
@@ -51,8 +50,8 @@ def textbook_loss(ollm, samples, alpha):
 def test_shared_prefix_equals_two_full_passes(max_tiles, alpha):
     ollm = build_ollm(max_tiles=max_tiles)
     samples = make_samples(ollm)
-    assert len({len(s["pixels"]) for s in samples}) == (1 if max_tiles == 1 else 3), (
-        "the batch must be ragged")
+    tiles = {len(s["pixels"]["pixel_values"]) for s in samples}
+    assert len(tiles) == (1 if max_tiles == 1 else 3), "the batch must be ragged"
     trained = [p for p in ollm.parameters() if p.requires_grad]
     ours = ollm(collate(ollm, samples), alpha)[0]
     theirs = textbook_loss(ollm, samples, alpha)
@@ -202,8 +201,9 @@ def test_greedy_generation_equals_the_native_model_s():
     ours = ollm.generate(ollm.encode_prefix(batch), batch["text"], max_new_tokens=10)[0]
     ids = torch.cat([batch["prefix"]["ids"], batch["text"]["ids"]], 1)
     new = ollm.lvlm.generate(input_ids=ids, attention_mask=torch.ones_like(ids),
-                             pixel_values=data.normalize(batch["pixels"]), max_new_tokens=10,
-                             do_sample=False, pad_token_id=ollm.tokenizer.pad_token_id,
+                             pixel_values=data.normalize(batch["pixels"]["pixel_values"]),
+                             max_new_tokens=10, do_sample=False,
+                             pad_token_id=ollm.tokenizer.pad_token_id,
                              eos_token_id=ollm.tokenizer.eos_token_id)[0, ids.size(1):]
     assert ours == ollm.tokenizer.decode(new, skip_special_tokens=True).strip()
 

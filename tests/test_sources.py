@@ -378,7 +378,8 @@ def test_several_prepared_folders_are_one_dataset(world):
     assert one.rows[0]["audio"] == two.rows[0]["audio"], "the same name, or nothing is tested"
     for i, sample in ((0, one[0]), (len(one) - 1, one[-1]), (len(one), two[0]), (-1, two[-1])):
         assert (both[i]["wave"] == sample["wave"]).all() and both[i]["where"] == sample["where"]
-    assert (both[-1]["pixels"] == two[-1]["pixels"]).all() and "pixels" not in both[0]
+    ours, theirs = both[-1]["pixels"], two[-1]["pixels"]
+    assert (ours["pixel_values"] == theirs["pixel_values"]).all() and "pixels" not in both[0]
     assert [both.length(len(one) + i) for i in range(5)] == [two.length(i) for i in range(5)]
     prints = {samples.fingerprint() for samples in (both, one, two)}
     assert len(prints) == 3 and both.fingerprint() in prints

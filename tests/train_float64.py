@@ -11,7 +11,7 @@ from plumbing.files import readable_errors
 
 if __name__ == "__main__":
     usual = train.start_model
-    train.start_model = lambda config: to_float64(usual(config))
+    train.start_model = lambda config, device: to_float64(usual(config, device))
     try:
         with readable_errors():
             train.main()

@@ -2,6 +2,8 @@
 
     python tests/true_size.py FOLDER    # InternVL2-1B (1.9 GB), Whisper-large-v3's encoder (1.3 GB)
 
+`build_qwen2_vl` makes Qwen2-VL-2B (4.4 GB), for `python -m pytest -m slow tests/test_families.py`.
+
 They show that loading and a training step take a real checkpoint's shapes, in what time and memory.
 They know nothing.
 """
@@ -11,12 +13,23 @@ import sys
 from pathlib import Path
 
 import torch
-from conftest import build_internvl2
+from conftest import build_internvl2, published_names, write_qwen2_vl_tokenizer
 from safetensors.torch import save_file
-from transformers import WhisperConfig, WhisperFeatureExtractor
+from transformers import (AutoConfig, AutoModelForImageTextToText, WhisperConfig,
+                          WhisperFeatureExtractor)
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from analysis import bench
+
+QWEN2_VL_2B = {
+    "model_type": "qwen2_vl", "hidden_size": 1536, "num_hidden_layers": 28,
+    "num_attention_heads": 12, "num_key_value_heads": 2, "intermediate_size": 8960,
+    "vocab_size": 151936, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "tie_word_embeddings": True,
+    "max_position_embeddings": 32768,
+    "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+    "vision_config": {"depth": 32, "embed_dim": 1280, "hidden_size": 1536, "num_heads": 16,
+                      "mlp_ratio": 4, "patch_size": 14, "spatial_merge_size": 2,
+                      "temporal_patch_size": 2, "in_chans": 3}}
 
 
 def shapes():
@@ -52,7 +65,7 @@ def shapes():
 
 def random_tensor(name, shape, dtype):
     """Returns small weights, and norms and layer scales that neither silence nor explode."""
-    if "norm" in name and name.endswith("weight") or name == "mlp1.0.weight":
+    if ("norm" in name or ".ln_q." in name) and name.endswith("weight") or name == "mlp1.0.weight":
         return torch.ones(shape, dtype=dtype)
     return (torch.randn(shape) * (0.1 if ".ls" in name else 0.02)).to(dtype)
 
@@ -60,13 +73,35 @@ def random_tensor(name, shape, dtype):
 def build(folder):
     """Writes both models; returns their folders."""
     torch.manual_seed(0)
-    internvl2, whisper = build_internvl2(folder), folder / "whisper-large-v3"
+    internvl2 = build_internvl2(folder)
     (internvl2 / "reference.safetensors").unlink()
     config = {"model_type": "internvl_chat", **bench.INTERNVL2_1B}
     (internvl2 / "config.json").write_text(json.dumps(config))
     tensors = {name: random_tensor(name, shape, torch.bfloat16) for name, shape in shapes().items()}
     save_file(tensors, internvl2 / "model.safetensors")
+    return internvl2, build_whisper(folder)
 
+
+def build_qwen2_vl(folder, **smaller):
+    """Writes Qwen2-VL-2B; returns its folder. smaller: other numbers of the LLM, for a trial."""
+    torch.manual_seed(0)
+    folder = folder / "qwen2-vl-2b"
+    folder.mkdir()
+    config = QWEN2_VL_2B | write_qwen2_vl_tokenizer(folder) | smaller
+    (folder / "config.json").write_text(json.dumps(config))
+    with torch.device("meta"):
+        lvlm = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder))
+    if not smaller:
+        assert sum(p.numel() for p in lvlm.parameters()) == 2_208_985_600
+    tensors = {name: random_tensor(name, tensor.shape, torch.bfloat16)
+               for name, tensor in published_names(lvlm, tied=True).items()}
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def build_whisper(folder):
+    """Writes Whisper-large-v3's encoder; returns its folder."""
+    whisper = folder / "whisper-large-v3"
     config = WhisperConfig(**bench.WHISPER_LARGE_V3)
     with torch.device("meta"):
         state = WhisperEncoder(config).state_dict()
@@ -75,7 +110,7 @@ def build(folder):
     tensors = {f"model.encoder.{name}": random_tensor(name, tensor.shape, torch.float16)
                for name, tensor in state.items()}
     save_file(tensors, whisper / "model.safetensors")
-    return internvl2, whisper
+    return whisper
 
 
 if __name__ == "__main__":

@@ -12,9 +12,9 @@ from transformers import (InternVLConfig, InternVLForConditionalGeneration, PreT
                           WhisperConfig, WhisperFeatureExtractor)
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from real.checkpoints import SPECIAL_TOKENS
 from world import shapes
 
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>")
 POSITIONS = 2048  # of the LLM
 
 
@@ -53,8 +53,8 @@ def build_lvlm():
         nn.init.normal_(lvlm.model.vision_tower.embeddings.position_embeddings, std=1.0)
         # A word is read and said in the same direction at first: so it is sooner seen in a picture.
         lvlm.lm_head.weight.copy_(lvlm.get_input_embeddings().weight)
-    settings = {"system": "", "image_size": shapes.SIZE, "tokens_per_tile": 4, "max_tiles": 1,
-                "instruction": shapes.INSTRUCTION}
+    settings = {"llm": "qwen2", "system": "", "image_size": shapes.SIZE, "tokens_per_tile": 4,
+                "max_tiles": 1, "instruction": shapes.INSTRUCTION}
     return lvlm, tokenizer, settings
 
 

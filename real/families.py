@@ -1,0 +1,101 @@
+"""What differs between LVLMs beside their weights: how each is spoken to and shown pictures.
+
+CHATS has a row for each family, named by its LLM (transformers' `text_config.model_type`, the
+setting "llm"): all that stands around a question, to the letter, as the LVLM learnt it. One more
+LVLM is one more row, and its parameters' names in checkpoints.py. There is nothing to run here.
+"""
+
+from plumbing.files import BadInput, at
+
+BASES = {  # by preset: hub id, and how many clips of 30 s audio-text takes at once on 80 GB
+    "internvl2-1b": ("OpenGVLab/InternVL2-1B", 16),
+    "internvl2-2b": ("OpenGVLab/InternVL2-2B", 8),
+    "internvl2-4b": ("OpenGVLab/InternVL2-4B", 8),
+    "internvl2-8b": ("OpenGVLab/InternVL2-8B", 4),
+    "qwen2-vl-2b": ("Qwen/Qwen2-VL-2B-Instruct", 8),
+    "qwen2-vl-7b": ("Qwen/Qwen2-VL-7B-Instruct", 4),
+    "qwen2.5-vl-3b": ("Qwen/Qwen2.5-VL-3B-Instruct", 8),  # not of the paper
+}
+PATCHES_PER_TOKEN = 4  # of a Qwen2-VL: 2 x 2 patches of 14 x 14 pixels
+
+INTERNVL2 = {
+    "system": ("你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，"
+               "英文名叫InternVL, 是一个有用无害的人工智能助手。"),
+    "before": "<|im_start|>system\n{}<|im_end|><|im_start|>user\n",
+    "image": ("<img>", "<IMG_CONTEXT>", "</img>\n"),
+    "after": "<|im_end|><|im_start|>assistant\n",
+    "end": "<|im_end|>"}
+QWEN2_VL = {
+    "template": None,
+    "system": "You are a helpful assistant.",
+    "before": "<|im_start|>system\n{}<|im_end|>\n<|im_start|>user\n",
+    "image": ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>"),
+    "after": "<|im_end|>\n<|im_start|>assistant\n",
+    "end": "<|im_end|>"}
+CHATS = {  # "template" is what OpenGVLab's config.json calls a chat
+    # InternVL2-1B, and the built-in world
+    "qwen2": INTERNVL2 | {"template": "Hermes-2"},
+    # InternVL2-2B and -8B: InternLM2
+    "llama": INTERNVL2 | {"template": "internlm2-chat", "before": "<s>" + INTERNVL2["before"]},
+    # InternVL2-4B. The blank is a token of its own, which the original tokenizer puts there.
+    "phi3": INTERNVL2 | {
+        "template": "phi3-chat",
+        "before": "<s> <|system|>\n{}<|end|><|user|>\n",
+        "after": "<|end|><|assistant|>\n",
+        "end": "<|end|>"},
+    "qwen2_vl_text": QWEN2_VL,
+    "qwen2_5_vl_text": QWEN2_VL,
+}
+
+
+def lvlm_settings(lvlm):
+    """Returns how prompts are made for a real LVLM; the instruction to transcribe is ours.
+
+    Raises BadInput for an LVLM that learnt other words: its answers would be worse, unnoticed.
+    """
+    llm, vision = lvlm.config.text_config.model_type, lvlm.config.vision_config
+    template = getattr(lvlm.config, "template", None)
+    if llm not in CHATS or template != CHATS[llm]["template"]:
+        raise BadInput(f"an LVLM with the LLM {llm} and the chat {template}; supported are "
+                       "InternVL2 of 1B to 8B in OpenGVLab's layout, and Qwen2-VL")
+    settings = {"llm": llm, "system": CHATS[llm]["system"], "max_tiles": 6,
+                "instruction": "Transcribe the speech."}
+
+    # Qwen2-VL does not cut a picture. 448 x 448 pixels of it are as many tokens as such a tile.
+    if not hasattr(vision, "image_size"):
+        return settings | {"image_size": 448, "min_tiles": 1, "tokens_per_tile": 256}
+    return settings | {"image_size": vision.image_size[0],
+                       "tokens_per_tile": lvlm.config.image_seq_length}
+
+
+def picture_patches(image, settings):
+    """Returns a picture as Qwen2-VL takes it: {"pixel_values" (N, 1176), "image_grid_thw" (1, 3)}.
+
+    The picture is whole, nearly keeps its shape, and has the area of min_tiles to max_tiles.
+    """
+    from transformers import Qwen2VLImageProcessorPil  # seconds, which other LVLMs need not wait
+
+    area = settings["image_size"] ** 2
+    size = {"shortest_edge": settings["min_tiles"] * area,  # areas, whatever they are called
+            "longest_edge": settings["max_tiles"] * area}
+    with at("the picture"):  # one that is 200 times as long as wide is refused
+        return dict(Qwen2VLImageProcessorPil(size=size)(image, return_tensors="pt"))
+
+
+def count_image_tokens(pixels, settings):
+    """Returns how many tokens a picture becomes; no picture (None) becomes 0."""
+    if pixels is None:
+        return 0
+    if "image_grid_thw" in pixels:
+        return len(pixels["pixel_values"]) // PATCHES_PER_TOKEN
+    return len(pixels["pixel_values"]) * settings["tokens_per_tile"]
+
+
+def check_length(where, n_tokens, n_image, settings, limit):
+    """Raises BadInput if a prompt of n_tokens, n_image of them the picture's, is over the limit."""
+    if n_tokens > limit:
+        tiles = (limit - n_tokens + n_image) // settings["tokens_per_tile"]
+        if "min_tiles" not in settings and tiles > 1:
+            tiles -= 1  # the thumbnail is one, too
+        fits = f"; --max-tiles {tiles} fits" if n_image and tiles > 0 else ""
+        raise BadInput(f"{where}: {n_tokens:,} tokens, the model has room for {limit:,}{fits}")
