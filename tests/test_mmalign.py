@@ -378,8 +378,11 @@ def test_a_built_folder_is_asked_in_writing_and_aloud(built, run, tmp_path, worl
     assert len(answers) == 2 * N
     assert all(isinstance(line[form], str) for line in answers for form in ("text", "audio"))
 
-    none = run_here("mmalign.py", run, "--data", world / "vision-audio", cwd=tmp_path)
-    assert none.returncode == 1 and none.stderr.count("\n") == 1 and "vision-audio" in none.stderr
+    (tmp_path / "others").mkdir()
+    others = [line for line in lines(world / "test/samples.jsonl") if line["kind"] == "color"]
+    (tmp_path / "others/samples.jsonl").write_text("".join(json.dumps(o) + "\n" for o in others))
+    none = run_here("mmalign.py", run, "--data", "others", cwd=tmp_path)
+    assert none.returncode == 1 and none.stderr.count("\n") == 1 and "others" in none.stderr
     (tmp_path / "runs/shapes").mkdir(parents=True)
     (tmp_path / "runs/shapes/data-s0").symlink_to(world)
     ours = run_here("mmalign.py", run, "--n", 4, cwd=tmp_path)

@@ -4,7 +4,7 @@
     python data.py shapes --seed 0 --label-noise 0     # training answers without errors
 
 | part         | a sample                                                               |
-| vision-text  | a picture and a written question; one in six is a sentence to repeat   |
+| vision-text  | a picture and a written question, or a written sentence to repeat      |
 | audio-text   | a spoken sentence and its transcript                                   |
 | vision-audio | a picture and a question, written and spoken; a quarter answered wrong |
 | test         | the same with held-out pictures, questions and voices, answered right  |
@@ -41,8 +41,8 @@ def make_scene(i, folder, seed):
     rng = random.Random(f"{seed}/vision-text/{i}")
     line = {"group": i, "phase": 1}
 
-    # One in ten is text alone, to be repeated: the LLM learns to copy; alignment builds on that.
-    if i % 10 == 9:
+    # One in eight is text alone, to be repeated: the LLM learns to copy; alignment builds on that.
+    if i % 8 == 7:
         sentences = [shapes.draw_sentence(rng) for _ in range(SCENE_QUESTIONS)]
         return [{"id": f"{i:06}-{j}", **line, "question": f"{sentence} {shapes.INSTRUCTION}",
                  "answer": sentence} for j, sentence in enumerate(sentences)]
@@ -132,8 +132,8 @@ def add_command(commands):
     add("--seed", type=int, default=0, help="what is drawn, asked and spoken")
     add("--out", help="folder for the parts (default: runs/shapes/data-s<seed>)")
     add("--parts", nargs="+", default=PARTS, choices=PARTS, help="which parts to make")
-    add("--scenes", type=int, default=26000, help="pictures with written questions (vision-text)")
-    add("--clips", type=int, default=14000, help="spoken sentences (audio-text)")
+    add("--scenes", type=int, default=28000, help="pictures with written questions (vision-text)")
+    add("--clips", type=int, default=16000, help="spoken sentences (audio-text)")
     add("--n", type=int, default=3200, help="spoken questions about pictures (vision-audio)")
     add("--test", type=int, default=800, help="held-out spoken questions (test)")
     add("--label-noise", type=float, default=0.25, help="share of wrong answers (vision-audio)")

@@ -23,10 +23,11 @@ PLACES = ("top left", "top right", "bottom left", "bottom right")  # the cells, 
 NUMBERS = ("zero", "one", "two", "three", "four")
 KINDS = ("color", "shape", "count", "existence", "place", "description")
 ALIGN_KINDS = ("relation", "attribute")
-LIST_KINDS = ("by shape", "by color", "by side", "by number")  # of a base alone: they teach it to see
+# Asked of a base alone: long answers that name all that is there, which teaches it to see.
+LIST_KINDS = ("by shape", "by color", "by side", "by number")
 # How often a base that can see is asked what: the more, the longer it takes to learn.
-BASE_KINDS = (("shape", "description", "by side") + 2 * ("color",) + 3 * ("attribute",)
-              + 4 * ("relation",) + 5 * ("place", "count") + 6 * ("existence",))
+BASE_KINDS = (("shape", "description", "by side") + 2 * ("color", "attribute") + 4 * ("relation",)
+              + 5 * ("place",) + 6 * ("existence",) + 7 * ("count",))
 CLASSES = {"color": tuple(COLORS), "shape": SHAPES, "count": NUMBERS, "existence": ("yes", "no"),
            "place": PLACES}  # the words that an answer of each kind may have
 INSTRUCTION = "say it again"  # follows what is to be repeated (text) or transcribed (speech)
