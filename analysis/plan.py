@@ -13,7 +13,7 @@ from transformers import InternVLConfig, Qwen2VLConfig, WhisperConfig
 
 from plumbing import tables
 
-BASES = {  # the LLM: transformers' type, width, layers, heads, key heads, MLP, vocabulary, tied?
+LLMS = {  # the LLM: transformers' type, width, layers, heads, key heads, MLP, vocabulary, tied?
     "internvl2-1b": ("qwen2", 896, 24, 14, 2, 4864, 151655, False),
     "internvl2-2b": ("llama", 2048, 24, 16, 8, 8192, 92553, False),
     "internvl2-4b": ("phi3", 3072, 32, 32, 32, 8192, 32020, False),
@@ -29,7 +29,7 @@ CARDS, PEAK = 8, 312e12  # FLOP/s of an A100 in bfloat16, by its data sheet
 
 def base_config(base):
     """Returns transformers' config of a base. Its vision encoder is the library's default."""
-    llm_type, width, layers, heads, key_heads, mlp, vocabulary, tied = BASES[base]
+    llm_type, width, layers, heads, key_heads, mlp, vocabulary, tied = LLMS[base]
     llm = {"model_type": llm_type, "hidden_size": width, "num_hidden_layers": layers,
            "num_attention_heads": heads, "num_key_value_heads": key_heads,
            "intermediate_size": mlp, "vocab_size": vocabulary}
@@ -192,7 +192,7 @@ def print_plan(peak_share, gb):
     audio, rows = WhisperConfig(**WHISPER_LARGE_V3), []
     trainings = ((988_000, asr_clip(12)), (50_000, kd_sample(1, teacher=0)), (50_000, kd_sample(1)),
                  (50_000, kd_sample(7, teacher=0)), (50_000, kd_sample(7)))
-    for base in BASES:
+    for base in LLMS:
         config = base_config(base)
         fixed = fixed_bytes(config, audio)
         sizes = [sample_bytes(config, audio, **sample)

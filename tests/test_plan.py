@@ -52,7 +52,7 @@ def make_batch(ollm, teacher):
                    "student": batch["audio"]["ids"].size(1), "frames": batch["mel"].size(-1)}
 
 
-@pytest.mark.parametrize("base", plan.BASES)
+@pytest.mark.parametrize("base", plan.LLMS)
 def test_parameters(base):
     config = plan.base_config(base)
     with torch.device("meta"):
@@ -138,10 +138,10 @@ def test_the_table_is_printed_and_presets_fit():
     assert done.returncode == 0, done.stderr
     rows = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in done.stdout.splitlines()
             if line.startswith("|")}
-    assert list(rows)[2:] == [*plan.BASES, "the paper"]
+    assert list(rows)[2:] == [*plan.LLMS, "the paper"]
     assert float(rows["internvl2-8b"][5]) == pytest.approx(2 * 3.56, abs=0.01)  # half the speed
 
-    for base in set(plan.BASES) & set(PRESETS):
+    for base in set(plan.LLMS) & set(PRESETS):
         config = plan.base_config(base)
         samples = {"vision-audio": plan.kd_sample(7), "audio-text": plan.asr_clip(30)}
         for stage, sample in samples.items():
