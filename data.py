@@ -30,9 +30,9 @@ import numpy as np
 import torch
 
 from plumbing.files import BadInput, at, readable_errors
-from plumbing.media import SAMPLE_RATE, VOICES, load_audio, load_image, save_sound, speak
+from plumbing.media import SAMPLE_RATE, load_audio, load_image, speak  # noqa: F401
 from plumbing.processes import end_with_parent
-from plumbing.samples import check_folder, read_samples
+from plumbing.samples import add_commands, read_samples
 from real import corpora
 from real.families import CHATS, check_length, count_image_tokens, picture_patches
 from world import make as world
@@ -286,16 +286,7 @@ def main():
     commands = parser.add_subparsers(dest="command", required=True)
     world.add_command(commands)
     corpora.add_commands(commands)
-
-    sub = commands.add_parser("check", help="read every line, picture and recording of a folder")
-    sub.add_argument("folder", help="the prepared folder")
-    sub.set_defaults(run=lambda args: check_folder(args.folder))
-    sub = commands.add_parser("speak", help="speak a text with espeak-ng")
-    sub.add_argument("text", help="what to say")
-    sub.add_argument("--voice", default=VOICES[0], help="an espeak-ng voice, accent+variant")
-    sub.add_argument("--out", default="speech.wav", help="where the speech goes (.wav or .flac)")
-    sub.set_defaults(run=lambda args: save_sound(args.out, speak(args.text, args.voice)[0]))
-
+    add_commands(commands)
     args = parser.parse_args()
     end_with_parent()
     args.run(args)

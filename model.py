@@ -32,7 +32,7 @@ from loss import self_kd_loss
 from plumbing import runs
 from plumbing.files import BadInput, at, written_folder
 from real.checkpoints import empty_audio_encoder, load_lvlm, load_tokenizer
-from real.families import CHATS, lvlm_settings
+from real.families import CHATS, lvlm_settings, prefix_positions
 
 
 def half_precision(device):
@@ -138,22 +138,10 @@ class OLLM(nn.Module):
 
     # ---- one image prefix, two questions, one answer ---------------------------------------------
 
-    def positions(self, ids, mask, pixels):
-        """Returns the positions of ids (B, T), and the shift (B, 1) of those that follow.
-
-        Padding takes no position. Qwen2-VL has three a token (3, B, T): all the same, but time, row
-        and column in a picture, which takes as many positions as its longer side has tokens.
-        """
-        if not hasattr(self.lvlm.model, "get_rope_index"):
-            return (mask.cumsum(1) - 1).clamp(min=0), 0
-        is_image = (ids == self.lvlm.config.image_token_id).int()  # (B, T)
-        grid = (pixels or {}).get("image_grid_thw")
-        return self.lvlm.model.get_rope_index(ids, is_image, grid, attention_mask=mask)
-
     def encode_prefix(self, batch):
         """Reads `<system><image>` once. Returns (keys and values, mask (B, P), shift (B, 1))."""
         ids, mask = batch["prefix"]["ids"], batch["prefix"]["mask"]  # (B, P), padded on the right
-        positions, shift = self.positions(ids, mask, batch["pixels"])
+        positions, shift = prefix_positions(self.lvlm, ids, mask, batch["pixels"])
         out = self.lvlm.model.language_model(
             inputs_embeds=self.embed(ids, batch["pixels"]), attention_mask=mask,
             position_ids=positions, use_cache=True)

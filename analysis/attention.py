@@ -38,6 +38,7 @@ from data import IGNORE
 from model import OLLM
 from plumbing import runs, tables
 from plumbing.files import BadInput, readable_errors
+from real.families import prefix_positions
 from world import shapes
 
 SPANS = ("system", "vision", "query", "turn", "response", "padding")
@@ -67,7 +68,7 @@ def full_pass(ollm, batch, form):
     audio = ollm.hear(batch["mel"], batch["n_frames"]) if form == "audio" else None  # (B, A, D)
     ids, mask = (torch.cat([prefix[key], query[key]], dim=1) for key in ("ids", "mask"))  # (B, T)
     x = ollm.embed(ids, batch["pixels"], audio)  # (B, T, D)
-    positions, _ = ollm.positions(ids, mask, batch["pixels"])
+    positions, _ = prefix_positions(ollm.lvlm, ids, mask, batch["pixels"])
     return ollm.lvlm.model.language_model(inputs_embeds=x, attention_mask=mask, use_cache=False,
                                           position_ids=positions).last_hidden_state
 

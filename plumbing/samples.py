@@ -6,7 +6,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from plumbing.files import BadInput, at, json_lines, read_json
-from plumbing.media import load_audio, load_image
+from plumbing.media import VOICES, load_audio, load_image, save_sound, speak
 from plumbing.processes import workers
 
 
@@ -51,6 +51,18 @@ def check_sample(sample):
         if path.is_absolute() or ".." in path.parts:
             raise BadInput(f"{key} must lie inside the folder, not at {path}")
     float(sample.get("phase", 0))  # the built-in base learns in phases, see train.Epoch
+
+
+def add_commands(commands):
+    """Adds the subcommands `check` and `speak` to data.py."""
+    sub = commands.add_parser("check", help="read every line, picture and recording of a folder")
+    sub.add_argument("folder", help="the prepared folder")
+    sub.set_defaults(run=lambda args: check_folder(args.folder))
+    sub = commands.add_parser("speak", help="speak a text with espeak-ng")
+    sub.add_argument("text", help="what to say")
+    sub.add_argument("--voice", default=VOICES[0], help="an espeak-ng voice, accent+variant")
+    sub.add_argument("--out", default="speech.wav", help="where the speech goes (.wav or .flac)")
+    sub.set_defaults(run=lambda args: save_sound(args.out, speak(args.text, args.voice)[0]))
 
 
 def check_line(task):

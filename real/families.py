@@ -91,6 +91,19 @@ def count_image_tokens(pixels, settings):
     return len(pixels["pixel_values"]) * settings["tokens_per_tile"]
 
 
+def prefix_positions(lvlm, ids, mask, pixels):
+    """Returns the positions of ids (B, T), and the shift (B, 1) of those that follow.
+
+    Padding takes no position. Qwen2-VL has three a token (3, B, T): all the same, but time, row and
+    column in a picture, which takes as many positions as its longer side has tokens.
+    """
+    if not hasattr(lvlm.model, "get_rope_index"):
+        return (mask.cumsum(1) - 1).clamp(min=0), 0
+    is_image = (ids == lvlm.config.image_token_id).int()  # (B, T)
+    grid = (pixels or {}).get("image_grid_thw")
+    return lvlm.model.get_rope_index(ids, is_image, grid, attention_mask=mask)
+
+
 def check_length(where, n_tokens, n_image, settings, limit):
     """Raises BadInput if a prompt of n_tokens, n_image of them the picture's, is over the limit."""
     if n_tokens > limit:
