@@ -49,7 +49,7 @@ PRESETS = {
         "whisper": None,
         "vision-text": {"lr": 1.2e-3, "global_batch": 12, "micro_batch": 12},  # of four questions
         "audio-text": {"lr": 1.5e-3, "global_batch": 8, "micro_batch": 4},
-        "vision-audio": {"lr": 5e-4, "global_batch": 8, "micro_batch": 8},
+        "vision-audio": {"lr": 1e-3, "global_batch": 8, "micro_batch": 8},
     },
     # The paper's base models, as in its section 4.1; micro-batches are ours.
     **{name: {
