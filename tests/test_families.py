@@ -214,7 +214,7 @@ def test_one_dimensional_positions_would_be_seen(tmp_path, monkeypatch):
     ollm = build_listener("qwen2_vl", tmp_path)
     samples = make_samples(ollm, (1, 1, 1, 1))
     theirs = two_full_passes(ollm, samples, 0.75)
-    monkeypatch.setattr(OLLM, "positions", lambda self, ids, mask, pixels:
+    monkeypatch.setattr("model.prefix_positions", lambda lvlm, ids, mask, pixels:
                         ((mask.cumsum(1) - 1).clamp(min=0), 0))
     ours = ollm(collate(ollm, samples), 0.75)[0]
     assert abs(ours - theirs) > 1e-6 * theirs
