@@ -7,8 +7,8 @@ A prepared folder holds `samples.jsonl`, one object a line, and the files that t
 
 `audio` says aloud what `question` says in writing; if the question's end follows the speech in
 writing, `after` repeats it. A line has at least one of the two; one with audio alone is speech to
-transcribe. The image may be missing. Written questions of one `group` (about one picture) share its
-prefix: one prefix, many questions. Every source is brought to this format:
+transcribe. The image may be missing. Lines of one `group` have the same picture and no speech: in
+training they share its prefix, one prefix, many questions. All sources come in this format:
 
     python data.py shapes --seed 0                   # the built-in world (world/make.py)
     python data.py llava --help                      # LLaVA's mix, spoken (real/corpora.py); also:
@@ -197,8 +197,10 @@ def collate(samples, tokenizer, mel_extractor, settings, answers=True, positions
     {"ids", with AUDIO_SLOT where speech goes, "mask", "labels", "positions"}, each (B, S); in
     shared rows also "part" (B, S), which of the samples a token belongs to.
     """
-    rows = itertools.groupby(range(len(samples)), lambda i: samples[i].get("group", i))
-    rows = [list(row) for _, row in rows]  # numbers of the samples in each row
+    # Which samples stand in each row. In generation every question has a row of its own.
+    rows = itertools.groupby(range(len(samples)),
+                             lambda i: samples[i].get("group", i) if answers else i)
+    rows = [list(row) for _, row in rows]
     pictures = [samples[row[0]]["pixels"] for row in rows if "pixels" in samples[row[0]]]
     image_tokens = [count_image_tokens(s.get("pixels"), settings) for s in samples]
     texts = [s.get("question", "") for s in samples]
@@ -210,23 +212,23 @@ def collate(samples, tokenizer, mel_extractor, settings, answers=True, positions
 
     def query(slots, positions=None):
         """Makes a query of each slot (a question's ids, or AUDIO_SLOTs), tail and answer."""
-        asked = [slot + tail + answer for slot, answer in zip(slots, answer_ids)]
-        for sample, head, ids, n in zip(samples, heads, asked, image_tokens):
+        sequences = [slot + tail + answer for slot, answer in zip(slots, answer_ids)]
+        for sample, head, ids, n in zip(samples, heads, sequences, image_tokens):
             check_length(sample.get("where", "the question"), len(head) + len(ids), n, settings,
                          tokenizer.model_max_length)
         labels = [[IGNORE] * (len(ids) - len(answer)) + answer
-                  for ids, answer in zip(asked, answer_ids)]
+                  for ids, answer in zip(sequences, answer_ids)]
         places = [positions(sample, len(slot), len(ids)) if positions else list(range(len(ids)))
-                  for sample, slot, ids in zip(samples, slots, asked)]
-        parts = [[i] * len(ids) for i, ids in enumerate(asked)]
+                  for sample, slot, ids in zip(samples, slots, sequences)]
+        parts = [[i] * len(ids) for i, ids in enumerate(sequences)]
 
         # The samples of a row follow one another. Each one's positions begin anew.
         def pad_rows(lists, value):
             return pad([sum([lists[i] for i in row], []) for row in rows], value, not answers)
 
-        query = {**pad_rows(asked, tokenizer.pad_token_id),
-                 "labels": pad_rows(labels, IGNORE)["ids"], "positions": pad_rows(places, 0)["ids"]}
-        return query | ({"part": pad_rows(parts, -1)["ids"]} if len(rows) < len(samples) else {})
+        padded = {**pad_rows(sequences, tokenizer.pad_token_id), "labels":
+                  pad_rows(labels, IGNORE)["ids"], "positions": pad_rows(places, 0)["ids"]}
+        return padded | ({"part": pad_rows(parts, -1)["ids"]} if len(rows) < len(samples) else {})
 
     batch = {"prefix": pad([heads[row[0]] for row in rows], tokenizer.pad_token_id),
              "pixels": None, "text": None, "mel": None, "n_frames": None, "audio": None}

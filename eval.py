@@ -176,7 +176,7 @@ def summarize(rows, kinds, average, score=score_answer, more=None):
 def print_differences(answers, score):
     """Prints each Self-KD run against SFT of the same seeds: the paired difference, its interval.
 
-    answers: {(run name, seed): rows}. Of one seed, an example is printed, too.
+    answers: {(run name, seed): rows}. With one seed, it also prints an example.
     """
     sft = {seed: rows for (name, seed), rows in answers.items() if name == "SFT"}
     for name in sorted({name for name, _ in answers if name.startswith("KD")}):
@@ -198,8 +198,8 @@ def print_example(name, pairs, before, after):
 
     pairs: (SFT's row, the run's row) of each question; before, after: their scores
     """
-    better = [pair for pair, sft, kd in zip(pairs, before, after) if sft < 0.5 <= kd]
-    worse = sum(kd < 0.5 <= sft for sft, kd in zip(before, after))
+    better = [pair for pair, a, b in zip(pairs, before, after) if a < 0.5 <= b]
+    worse = sum(b < 0.5 <= a for a, b in zip(before, after))
     print(f"{name} is right and SFT wrong: {len(better)} questions. The other way round: {worse}.")
     if better:
         sft, kd = better[0]

@@ -9,8 +9,8 @@
 The benchmark asks for relations ("a star left of a circle" or "a circle left of a star") and for
 attributes ("a red star and a blue circle" or "a blue star and a red circle"). Both sentences have
 the same words, so only the picture tells which is right. In the built-in world the questions stand
-in the test part beside the other kinds ("star left of circle or circle left of star"). One in eight
-spoken questions of `vision-audio` is such a one.
+in the test part beside the other kinds ("star left of circle or circle left of star"). About one in
+13 spoken questions of `vision-audio` is of these kinds.
 
 `build` takes the pairs of sentences from ARO (Yuksekgonul et al., ICLR 2023, arXiv 2210.01936), as
 the paper does (section 3.2): 300 relations and 300 attributes, two captions in a spoken question.

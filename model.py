@@ -12,8 +12,8 @@ spoken question from there. `forward` is the whole method.
 
 `python -m pytest tests/test_model.py` compares the shared prefix with two full passes in float64.
 A batch is what `data.collate` returns. Letters in shape comments:
-    B batch   P prefix tokens   S tokens of query and answer   A audio tokens   V vocabulary
-    N answer tokens in the batch   D width of the LLM   W width of the audio encoder
+    B rows of a batch   P prefix tokens   S tokens of query and answer   A audio tokens
+    N answer tokens in the batch   V vocabulary   D width of the LLM   W width of the audio encoder
     M mel bins   F mel frames   T tokens of any kind   H, W of a picture: its height and width
 """
 
@@ -139,7 +139,7 @@ class OLLM(nn.Module):
     # ---- one image prefix, two questions, one answer ---------------------------------------------
 
     def encode_prefix(self, batch):
-        """Reads `<system><image>` once. Returns (keys and values, mask (B, P), shift (B, 1))."""
+        """Reads `<system><image>` once. Returns (keys and values, mask (B, P), shift)."""
         ids, mask = batch["prefix"]["ids"], batch["prefix"]["mask"]  # (B, P), padded on the right
         positions, shift = prefix_positions(self.lvlm, ids, mask, batch["pixels"])
         out = self.lvlm.model.language_model(
@@ -158,7 +158,7 @@ class OLLM(nn.Module):
         cache, prefix_mask, shift = copy.copy(prefix[0]), *prefix[1:]
         cache.layers = [copy.copy(layer) for layer in cache.layers]
 
-        # Several questions may share a row: each token sees the prefix and its own question alone.
+        # Questions may share a row: each token sees the prefix, its own question and its answer.
         mask = torch.cat([prefix_mask, query["mask"]], dim=1)  # (B, P + S)
         if "part" in query:
             own = (query["part"][:, :, None] == query["part"][:, None]).tril()  # (B, S, S)

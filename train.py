@@ -47,11 +47,12 @@ PRESETS = {
     "shapes": {  # the built-in world: nothing is downloaded
         "lvlm": None,
         "whisper": None,
-        "vision-text": {"lr": 1.2e-3, "global_batch": 12, "micro_batch": 12},  # of four questions
+        # Here a batch counts pictures, each with four questions or lists: see Epoch.
+        "vision-text": {"lr": 1.2e-3, "global_batch": 12, "micro_batch": 12},
         "audio-text": {"lr": 1.5e-3, "global_batch": 8, "micro_batch": 4},
         "vision-audio": {"lr": 1e-3, "global_batch": 8, "micro_batch": 8},
     },
-    # The paper's base models, as in its section 4.1; micro-batches are ours.
+    # The paper's base models and one more, as in its section 4.1; micro-batches are ours.
     **{name: {
         "lvlm": lvlm,
         "whisper": "openai/whisper-large-v3",
@@ -64,12 +65,12 @@ STAGES = {  # which forms of the question each reads
     "audio-text": ("audio",),
     "vision-audio": ("question", "audio"),
 }
-STORIES = {  # what each learns and why, and its minutes in the built-in world on two CPU cores
+PURPOSES = {  # what each learns and why, and its minutes in the built-in world on two CPU cores
     "vision-text": ("the model learns to see and to read questions. It will be the teacher; from "
                     "here on it is frozen", 4),
     "audio-text": ("the audio encoder and the projector learn to hear, by transcribing speech", 3),
-    "vision-audio": ("they learn to have spoken questions answered: alpha weighs what the model "
-                     "itself says on reading them (KL) against the data's answers (CE)", 0.5),
+    "vision-audio": ("audio encoder and projector learn to answer spoken questions: alpha weighs "
+                     "the model's own answers on reading them (KL) against the data's (CE)", 1),
 }
 WARMUP = 0.03  # share of the steps
 CLIP = 1.0  # largest norm of the gradient
@@ -180,7 +181,7 @@ class Epoch(torch.utils.data.Dataset):
                       key=lambda group: sum(map(self.samples.length, group)))
 
     def __getitem__(self, step):
-        # Every rank takes every world_size-th sample, so that all have about the same work, and
+        # Every rank takes every world_size-th group, so that all have about the same work, and
         # the same number of micro-batches. Neighbours in length share one: little is padded.
         groups, size = self.groups(step), self.config["micro_batch"]
         mine = groups[self.rank:: self.world_size]
@@ -188,7 +189,7 @@ class Epoch(torch.utils.data.Dataset):
         return [self.micro_batch(mine[start: start + size]) for start in range(0, longest, size)]
 
     def micro_batch(self, groups):
-        """Collates some samples. Without any, one with weight 0: all ranks must take part."""
+        """Collates some groups. Without any, one with weight 0: all ranks must take part."""
         samples = [self.samples[i] for group in groups or self.order[:1] for i in group]
         batch = self.collate(samples)
         for form in ("text", "audio"):
@@ -286,11 +287,12 @@ def train_stage(args, config, out, rank, world_size, device):
         # In vision-text, micro-batches without a picture leave the vision encoder unused.
         model = DistributedDataParallel(ollm, find_unused_parameters=stage == "vision-text")
     if rank == 0:
-        story, minutes = STORIES[stage]
+        purpose, minutes = PURPOSES[stage]
         time_needed = f" (about {minutes} min on two CPU cores)" if args.preset == "shapes" else ""
-        print(f"\n{stage}: {story}{time_needed}.\n{len(epoch.samples)} samples, {n_steps} steps on "
-              f"{world_size} x {device}, {sum(map(torch.numel, trained.values())):,} parameters "
-              "trained")
+        n_parameters = sum(map(torch.numel, trained.values()))
+        print(f"\n{stage}: {purpose}{time_needed}.\n{len(epoch.samples)} samples in "
+              f"{len(epoch.order)} groups, {n_steps} steps on {world_size} x {device}, "
+              f"{n_parameters:,} parameters trained")
 
     for step, micro_batches in progress.steps(epoch, n_steps, args.workers):
         # 1. The learning rate, a function of the step alone

@@ -17,6 +17,8 @@ def read_samples(folder):
         with at(where):
             check_sample(sample)
         number = str(len(samples) + 1)
+        if "group" in sample:  # other folders have groups of the same name
+            sample["group"] = f"{folder}/{sample['group']}"
         samples.append({"id": number, **sample, "where": where, "folder": str(folder)})
     if not samples:
         raise BadInput(f"{folder}/samples.jsonl: has no sample")

@@ -51,13 +51,13 @@ CHATS = {  # "template" is what OpenGVLab's config.json calls a chat
 def lvlm_settings(lvlm):
     """Returns how prompts are made for a real LVLM; the instruction to transcribe is ours.
 
-    Raises BadInput for an LVLM that learnt other words: its answers would be worse, unnoticed.
+    Raises BadInput for an LVLM of another chat format: its answers would be worse, unnoticed.
     """
     llm, vision = lvlm.config.text_config.model_type, lvlm.config.vision_config
     template = getattr(lvlm.config, "template", None)
     if llm not in CHATS or template != CHATS[llm]["template"]:
         raise BadInput(f"an LVLM with the LLM {llm} and the chat {template}; supported are "
-                       "InternVL2 of 1B to 8B in OpenGVLab's layout, and Qwen2-VL")
+                       "InternVL2 of 1B to 8B in OpenGVLab's layout, Qwen2-VL and 2.5-VL")
     settings = {"llm": llm, "system": CHATS[llm]["system"], "max_tiles": 6,
                 "instruction": "Transcribe the speech."}
 
@@ -92,10 +92,10 @@ def count_image_tokens(pixels, settings):
 
 
 def prefix_positions(lvlm, ids, mask, pixels):
-    """Returns the positions of ids (B, T), and the shift (B, 1) of those that follow.
+    """Returns the positions of ids (B, T), and the shift of those that follow: (B, 1), or 0.
 
-    Padding takes no position. Qwen2-VL has three a token (3, B, T): all the same, but time, row and
-    column in a picture, which takes as many positions as its longer side has tokens.
+    Padding takes no position. Qwen2-VL gives each token three (3, B, T): equal in text; in a
+    picture time, row and column. A picture takes as many as its longer side has tokens.
     """
     if not hasattr(lvlm.model, "get_rope_index"):
         return (mask.cumsum(1) - 1).clamp(min=0), 0

@@ -65,7 +65,8 @@ def test_questions_about_one_picture_share_a_row(world):
     ollm = build_ollm()
     ollm.train_only("vision-text")
     samples = data.Samples(world / "vision-text", ollm.settings, ("question",))
-    samples = [samples[i] for i in range(len(samples)) if samples.rows[i]["group"] in (3, 4, 5)]
+    scenes = ("000006", "000007", "000008")  # the second is text alone
+    samples = [samples[i] for i in range(len(samples)) if samples.rows[i]["id"][:6] in scenes]
     apart = [{key: value for key, value in s.items() if key != "group"} for s in samples]
     trained, results = [p for p in ollm.parameters() if p.requires_grad], []
     for rows in (samples, apart):

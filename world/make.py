@@ -26,9 +26,10 @@ from plumbing.processes import run_script, workers
 from world import shapes
 
 PARTS = ("vision-text", "audio-text", "vision-audio", "test")
-LISTED = 7000  # so many of the first pictures are also listed, to learn to see
-SCENE_QUESTIONS = 4  # of each picture of the vision-text part, and lists
-# In the last stage, one question in eight is of MMAlign's kinds, so that they are not unlearned.
+LISTED = 7000  # so many of the first pictures also get lists (phase 0), to learn to see
+SCENE_QUESTIONS = 4  # about each picture of the vision-text part, its lists aside
+# Some questions of the last stage are of MMAlign's kinds, so that these are not unlearned: one in
+# 13, as not every scene has such a question.
 PAIR_KINDS = 7 * shapes.KINDS + 3 * shapes.ALIGN_KINDS
 
 
@@ -37,7 +38,7 @@ PAIR_KINDS = 7 * shapes.KINDS + 3 * shapes.ALIGN_KINDS
 
 
 def make_scene(i, folder, seed):
-    """Makes one picture and its written questions (vision-text)."""
+    """Makes one picture and its written questions, or sentences to repeat (vision-text)."""
     rng = random.Random(f"{seed}/vision-text/{i}")
     line = {"group": i, "phase": 1}
 
@@ -47,10 +48,11 @@ def make_scene(i, folder, seed):
         return [{"id": f"{i:06}-{j}", **line, "question": f"{sentence} {shapes.INSTRUCTION}",
                  "answer": sentence} for j, sentence in enumerate(sentences)]
 
-    # First learn to see (phase 0): a base that is asked before it can takes far longer.
     scene = shapes.draw_scene(rng, held_out=False)
     save_png(folder / f"images/{i:06}.png", shapes.render(rng, scene))
     line["image"] = f"images/{i:06}.png"
+
+    # First learn to see (phase 0): a base that is asked before it can takes far longer.
     kinds = ("description", *shapes.LIST_KINDS) if i < LISTED else ()
     lists = [shapes.draw_question(rng, scene, (kind,)) for kind in kinds]
     lists = [{**question, "phase": 0} for question in lists if question]
@@ -132,7 +134,8 @@ def add_command(commands):
     add("--seed", type=int, default=0, help="what is drawn, asked and spoken")
     add("--out", help="folder for the parts (default: runs/shapes/data-s<seed>)")
     add("--parts", nargs="+", default=PARTS, choices=PARTS, help="which parts to make")
-    add("--scenes", type=int, default=28000, help="pictures with written questions (vision-text)")
+    add("--scenes", type=int, default=28000,
+        help="pictures with written questions, or one in eight text alone (vision-text)")
     add("--clips", type=int, default=18000, help="spoken sentences (audio-text)")
     add("--n", type=int, default=6400, help="spoken questions about pictures (vision-audio)")
     add("--test", type=int, default=800, help="held-out spoken questions (test)")

@@ -23,9 +23,9 @@ PLACES = ("top left", "top right", "bottom left", "bottom right")  # the cells, 
 NUMBERS = ("zero", "one", "two", "three", "four")
 KINDS = ("color", "shape", "count", "existence", "place", "description")
 ALIGN_KINDS = ("relation", "attribute")
-# Asked of a base alone: long answers that name all that is there, which teaches it to see.
+# Asked in vision-text alone: long answers that name all that is there teach the base to see.
 LIST_KINDS = ("by shape", "by color", "by side", "by number")
-# How often a base that can see is asked what: the more, the longer it takes to learn.
+# The share of each kind in vision-text: what takes longer to learn is asked more often.
 BASE_KINDS = (("shape", "description", "by side") + 2 * ("color", "attribute") + 4 * ("relation",)
               + 5 * ("place",) + 6 * ("existence",) + 7 * ("count",))
 CLASSES = {"color": tuple(COLORS), "shape": SHAPES, "count": NUMBERS, "existence": ("yes", "no"),
@@ -70,7 +70,7 @@ NO_ANSWERS = ("no", "no there is not", "no i do not")  # existence, when the ans
 
 
 def draw_scene(rng, held_out):
-    """Draws a scene {cell: (color, shape)} from the training half or from the held-out part.
+    """Draws a scene {cell: (color, shape)} from the training part or from the held-out part.
 
     A hash of its content says where a scene belongs (one in eight is held out). So no list is
     needed, and no held-out scene is ever trained on, whatever the seed.
@@ -203,7 +203,7 @@ def side(a, b):
 
 
 def ask_by_side(rng, scene):
-    """Asks for a list of all neighbours that stand in one relation: "star left of circle"."""
+    """Asks for all pairs of neighbours in one relation: "star left of circle and ..."."""
     pairs = [(side(a, b), a, b) for a in scene for b in scene if a != b and side(a, b)]
     if not pairs:
         return None
