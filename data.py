@@ -30,7 +30,7 @@ import numpy as np
 import torch
 
 from plumbing.files import BadInput, at, readable_errors
-from plumbing.media import SAMPLE_RATE, load_audio, load_image, speak  # noqa: F401
+from plumbing.media import SAMPLE_RATE, load_audio, load_image
 from plumbing.processes import end_with_parent
 from plumbing.samples import add_commands, read_samples
 from real import corpora
@@ -57,6 +57,7 @@ class Samples(torch.utils.data.Dataset):
         """
         folders = [folders] if isinstance(folders, (str, Path)) else folders
         self.settings, self.folders = settings, [Path(folder) for folder in folders]
+        self.picture = None, None  # the path and pixels last read: a group has one picture
         self.rows = [row for folder in self.folders for row in read_samples(folder)]
         for row in self.rows:
             for form in ("question", "audio"):
@@ -72,8 +73,10 @@ class Samples(torch.utils.data.Dataset):
         sample = dict(self.rows[index])
         with at(sample["where"]):
             if "image" in sample:
-                image = load_image(Path(sample["folder"]) / sample["image"])
-                sample["pixels"] = pixels(image, self.settings)
+                path = Path(sample["folder"]) / sample["image"]
+                if path != self.picture[0]:
+                    self.picture = path, pixels(load_image(path), self.settings)
+                sample["pixels"] = self.picture[1]
             if "audio" in sample:
                 sample["wave"] = load_audio(Path(sample["folder"]) / sample["audio"])
         return sample
@@ -194,14 +197,11 @@ def collate(samples, tokenizer, mel_extractor, settings, answers=True, positions
 
     Returns {"pixels" of all pictures, "prefix": {"ids", "mask"} (B, P), "text": query,
     "mel" (B, M, F), "n_frames" (B,), "audio": query}; what the samples lack is None. A query is
-    {"ids", with AUDIO_SLOT where speech goes, "mask", "labels", "positions"}, each (B, S); in
-    shared rows also "part" (B, S), which of the samples a token belongs to.
+    {"ids", with AUDIO_SLOT for speech, "mask", "labels", "positions"}, and where rows are shared
+    "part", the number of the sample that a token belongs to; each is (B, S).
     """
     # Which samples stand in each row. In generation every question has a row of its own.
-    rows = itertools.groupby(range(len(samples)),
-                             lambda i: samples[i].get("group", i) if answers else i)
-    rows = [list(row) for _, row in rows]
-    pictures = [samples[row[0]]["pixels"] for row in rows if "pixels" in samples[row[0]]]
+    rows = share_rows(samples) if answers else [[i] for i in range(len(samples))]
     image_tokens = [count_image_tokens(s.get("pixels"), settings) for s in samples]
     texts = [s.get("question", "") for s in samples]
     heads, questions, tail = prompt_ids(tokenizer, settings, image_tokens, texts)
@@ -214,28 +214,16 @@ def collate(samples, tokenizer, mel_extractor, settings, answers=True, positions
         """Makes a query of each slot (a question's ids, or AUDIO_SLOTs), tail and answer."""
         sequences = [slot + tail + answer for slot, answer in zip(slots, answer_ids)]
         for sample, head, ids, n in zip(samples, heads, sequences, image_tokens):
-            check_length(sample.get("where", "the question"), len(head) + len(ids), n, settings,
-                         tokenizer.model_max_length)
+            check_length(sample, len(head) + len(ids), n, settings, tokenizer.model_max_length)
         labels = [[IGNORE] * (len(ids) - len(answer)) + answer
                   for ids, answer in zip(sequences, answer_ids)]
         places = [positions(sample, len(slot), len(ids)) if positions else list(range(len(ids)))
                   for sample, slot, ids in zip(samples, slots, sequences)]
-        parts = [[i] * len(ids) for i, ids in enumerate(sequences)]
-
-        # The samples of a row follow one another. Each one's positions begin anew.
-        def pad_rows(lists, value):
-            return pad([sum([lists[i] for i in row], []) for row in rows], value, not answers)
-
-        padded = {**pad_rows(sequences, tokenizer.pad_token_id), "labels":
-                  pad_rows(labels, IGNORE)["ids"], "positions": pad_rows(places, 0)["ids"]}
-        return padded | ({"part": pad_rows(parts, -1)["ids"]} if len(rows) < len(samples) else {})
+        return join_rows(rows, sequences, labels, places, tokenizer.pad_token_id, not answers)
 
     batch = {"prefix": pad([heads[row[0]] for row in rows], tokenizer.pad_token_id),
-             "pixels": None, "text": None, "mel": None, "n_frames": None, "audio": None}
-    # A picture is a dict of tensors, and so are those of the batch together.
-    if pictures:
-        batch["pixels"] = {key: torch.cat([picture[key] for picture in pictures])
-                           for key in pictures[0]}
+             "pixels": join_pictures([samples[row[0]] for row in rows]),
+             "text": None, "mel": None, "n_frames": None, "audio": None}
 
     # The question in writing, which the teacher reads.
     if "question" in samples[0]:
@@ -253,6 +241,35 @@ def collate(samples, tokenizer, mel_extractor, settings, answers=True, positions
         slots = [[AUDIO_SLOT] * audio_tokens(w) + ids for w, ids in zip(waves, after_ids)]
         batch["audio"] = query(slots)
     return batch
+
+
+def share_rows(samples):
+    """Returns the numbers of the samples in each row: neighbours of one "group" share one."""
+    rows = itertools.groupby(range(len(samples)), lambda i: samples[i].get("group", i))
+    return [list(row) for _, row in rows]
+
+
+def join_pictures(samples):
+    """Returns the samples' pictures, each a dict of tensors, as one such dict; None without any."""
+    pictures = [sample["pixels"] for sample in samples if "pixels" in sample]
+    keys = pictures[0] if pictures else ()
+    return {key: torch.cat([picture[key] for picture in pictures]) for key in keys} or None
+
+
+def join_rows(rows, ids, labels, positions, pad_id, left):
+    """Returns a query: the samples of each row one after another, padded.
+
+    rows: the numbers of each row's samples; ids, labels, positions: a list for each sample
+    """
+    def join(lists, value):
+        return pad([sum([lists[i] for i in row], []) for row in rows], value, left)
+
+    query = {**join(ids, pad_id), "labels": join(labels, IGNORE)["ids"],
+             "positions": join(positions, 0)["ids"]}
+    if len(rows) < len(ids):
+        parts = [[i] * len(sequence) for i, sequence in enumerate(ids)]
+        query["part"] = join(parts, -1)["ids"]
+    return query
 
 
 def pad(rows, value, left=False):

@@ -24,11 +24,11 @@ from tqdm import tqdm
 
 import data
 from benchmarks import ask
-from benchmarks.scorers import score  # noqa: F401: eval.score, for those who have answers already
+from benchmarks.scorers import score  # noqa: F401 (eval.score: for answers at hand)
 from model import OLLM
 from plumbing import runs
 from plumbing.files import BadInput, at, readable_errors, write_json_lines
-from plumbing.media import MAX_SECONDS
+from plumbing.media import MAX_SECONDS, speak
 from plumbing.tables import paired_bootstrap, print_summaries
 from world import shapes
 
@@ -79,7 +79,7 @@ def evaluate(run, folder, kinds, args):
     Returns samples with "text", "audio" and "transcript"; the latter two are None for a base, and
     only a run of the stage audio-text transcribes.
     """
-    ollm = OLLM.load(run, args.device).place(args.device).eval()
+    ollm = OLLM.load(run, args.device).eval()
     if args.max_tiles:
         ollm.settings["max_tiles"] = args.max_tiles
     forms = ("text",) if ollm.audio_encoder is None else ("text", "audio")
@@ -106,13 +106,13 @@ def evaluate(run, folder, kinds, args):
 
 def answer_one(run, args):
     """Prints a run's answers to one question about one picture, in writing and aloud."""
-    ollm = OLLM.load(run, args.device).place(args.device).eval()
+    ollm = OLLM.load(run, args.device).eval()
     if ollm.audio_encoder is None:
         raise BadInput(f"{run}: cannot listen; give a run of the stage audio-text or vision-audio")
     if args.question is not None:
         check_words(ollm.tokenizer, args.question)
     settings = ollm.settings | ({"max_tiles": args.max_tiles} if args.max_tiles else {})
-    wave = data.load_audio(args.audio) if args.audio else data.speak(args.question)[0]
+    wave = data.load_audio(args.audio) if args.audio else speak(args.question)[0]
     if len(wave) > MAX_SECONDS * data.SAMPLE_RATE:
         raise BadInput(f"the question takes over {MAX_SECONDS} s to say, Whisper hears no more")
     sample = {"pixels": data.pixels(data.load_image(args.image), settings), "wave": wave,

@@ -274,7 +274,7 @@ class OLLM(nn.Module):
             tokenizer = load_tokenizer(base, lvlm.config.text_config)
             settings = {"llm": "qwen2", **(about["settings"] or lvlm_settings(lvlm))}
             if base == run:
-                return cls(lvlm, tokenizer, settings, base).requires_grad_(False)
+                return cls(lvlm, tokenizer, settings, base).requires_grad_(False).place(device)
 
             ollm = cls(lvlm, tokenizer, settings, base, *empty_audio_encoder(run))
             weights = load_file(Path(run) / "model.safetensors")
@@ -283,4 +283,4 @@ class OLLM(nn.Module):
             if missing or result.unexpected_keys:
                 raise BadInput(f"the weights do not fit: missing {missing[:3]}, "
                                f"unknown {result.unexpected_keys[:3]}")
-            return ollm.requires_grad_(False)
+            return ollm.requires_grad_(False).place(device)

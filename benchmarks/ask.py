@@ -156,7 +156,7 @@ def run_subject(run, args):
     understands, "settings" of its tiles, "version" (8 hex digits of its weights), and "answer", a
     function of (samples, forms) that returns {form: [answer, ...]}.
     """
-    ollm, about = OLLM.load(run, args.device).place(args.device).eval(), runs.about(run)
+    ollm, about = OLLM.load(run, args.device).eval(), runs.about(run)
     settings = dict(ollm.settings)
     if args.max_tiles is not None:
         settings["max_tiles"] = args.max_tiles

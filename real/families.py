@@ -104,9 +104,10 @@ def prefix_positions(lvlm, ids, mask, pixels):
     return lvlm.model.get_rope_index(ids, is_image, grid, attention_mask=mask)
 
 
-def check_length(where, n_tokens, n_image, settings, limit):
+def check_length(sample, n_tokens, n_image, settings, limit):
     """Raises BadInput if a prompt of n_tokens, n_image of them the picture's, is over the limit."""
     if n_tokens > limit:
+        where = sample.get("where", "the question")
         tiles = (limit - n_tokens + n_image) // settings["tokens_per_tile"]
         if "min_tiles" not in settings and tiles > 1:
             tiles -= 1  # the thumbnail is one, too

@@ -122,6 +122,20 @@ def collate(ollm, samples, **options):
     return batch
 
 
+def generate(ollm, samples, form, max_new_tokens):
+    """Greedy answers to the written or spoken questions of a batch."""
+    batch = collate(ollm, samples, answers=False)
+    audio = ollm.hear(batch["mel"], batch["n_frames"]) if form == "audio" else None
+    return ollm.generate(ollm.encode_prefix(batch), batch[form], audio, max_new_tokens)
+
+
+def check_answers_do_not_depend_on_the_batch(ollm, samples, form, max_new_tokens):
+    """Asserts that a ragged batch is answered as its samples are one by one."""
+    together = generate(ollm, samples, form, max_new_tokens)
+    assert together == [generate(ollm, [sample], form, max_new_tokens)[0] for sample in samples]
+    assert len(set(together)) > 1, "the check can fail: answers differ"
+
+
 def build_internvl2(folder):
     """A tiny InternVL2 in OpenGVLab's layout: the fixture's weights, a tokenizer of its 200 ids."""
     folder = folder / "internvl2"

@@ -15,7 +15,7 @@ from PIL import Image
 import data
 from data import AUDIO_SLOT, IGNORE
 from plumbing.files import BadInput
-from plumbing.media import HELD_OUT_VOICES
+from plumbing.media import HELD_OUT_VOICES, speak
 from world import shapes
 from world.models import spread_positions
 
@@ -88,13 +88,13 @@ def test_every_word_is_known_and_every_label_is_in_its_class():
 
 
 def test_speech_is_audible_finite_and_of_a_plausible_length():
-    wave, rate = data.speak("what color is the circle")
+    wave, rate = speak("what color is the circle")
     assert rate == 16_000 and wave.dtype == np.float32 and 0.6 < len(wave) / rate < 3
     assert np.isfinite(wave).all() and 0.05 < np.abs(wave).max() <= 1
-    data.speak("is there a red star", HELD_OUT_VOICES[0])
-    assert np.array_equal(data.speak("what color is the circle")[0], wave), (
+    speak("is there a red star", HELD_OUT_VOICES[0])
+    assert np.array_equal(speak("what color is the circle")[0], wave), (
         "whatever was said before")
-    slow = data.speak("what color is the circle", words_per_minute=100)[0]
+    slow = speak("what color is the circle", words_per_minute=100)[0]
     assert len(slow) > 1.3 * len(wave)
 
 

@@ -30,6 +30,7 @@ import data
 from model import OLLM
 from plumbing import runs
 from plumbing.files import BadInput
+from plumbing.media import speak
 from real import checkpoints
 from real.families import INTERNVL2
 from world.models import build_lvlm
@@ -199,7 +200,7 @@ def test_hearing_thirty_seconds_is_plain_whisper(tmp_path):
     folder = build_whisper(tmp_path / "whisper")
     encoder, extractor = checkpoints.load_audio_encoder(folder)
     ollm = OLLM(*build_lvlm(), None, encoder.eval(), extractor)
-    wave, _ = data.speak("what color is the circle")
+    wave, _ = speak("what color is the circle")
     sample, settings = {"wave": wave, "answer": "red"}, {**ollm.settings, "audio_seconds": 30}
     batch = data.collate([sample], ollm.tokenizer, extractor, settings)
     whisper = WhisperForConditionalGeneration.from_pretrained(folder).model.encoder.eval()
