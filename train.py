@@ -40,6 +40,7 @@ from real.checkpoints import load_audio_encoder
 from real.families import BASES
 from world.make import make_if_missing
 from world.models import build_audio_encoder, build_lvlm, spread_positions
+from world.muon import Muon
 
 # ---- settings ------------------------------------------------------------------------------------
 
@@ -48,8 +49,8 @@ PRESETS = {
         "lvlm": None,
         "whisper": None,
         # Here a batch counts pictures, each with four questions or lists: see Epoch.
-        "vision-text": {"lr": 1.2e-3, "global_batch": 12, "micro_batch": 12},
-        "audio-text": {"lr": 1.5e-3, "global_batch": 8, "micro_batch": 4},
+        "vision-text": {"muon": True, "lr": 2e-3, "global_batch": 12, "micro_batch": 12},
+        "audio-text": {"muon": True, "lr": 3e-3, "global_batch": 8, "micro_batch": 4},
         "vision-audio": {"lr": 1e-3, "global_batch": 8, "micro_batch": 8},
     },
     # The paper's base models and one more, as in its section 4.1; micro-batches are ours.
@@ -134,7 +135,7 @@ def configure(args, stage):
         init = str(runs.folder(args, stages[stages.index(stage) - 1]))
     config = {"stage": stage, "alpha": 0.0, "temperature": 1.0, "on_policy": 0.0, "seed": args.seed,
               "data": [f"runs/{args.preset}/data-s{args.seed}/{stage}"], "init": init,
-              "whisper": preset["whisper"], "max_steps": None, **preset[stage],
+              "whisper": preset["whisper"], "max_steps": None, "muon": False, **preset[stage],
               "max_tiles": args.max_tiles, "audio_seconds": args.audio_seconds}  # of all stages
 
     # The loss's settings are the last stage's: the others know nothing but CE.
@@ -278,7 +279,8 @@ def train_stage(args, config, out, rank, world_size, device):
 
     # Optimizer and checkpoint, which names its data and its start by SHA-256: folders may move.
     trained = {name: p for name, p in ollm.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(trained.values(), betas=BETAS, weight_decay=0.0, fused=True)
+    optimizer = Muon if config["muon"] else torch.optim.AdamW
+    optimizer = optimizer(trained.values(), betas=BETAS, weight_decay=0.0, fused=True)
     content = {"data": epoch.samples.fingerprint(),
                "init": config["init"] and runs.fingerprint(config["init"])}
     progress = Resumable(out, config | content, trained, optimizer, args.save_every, device)

@@ -6,8 +6,8 @@
         progress.after_step(step, loss=loss, ...)                                # logs, may save
     progress.finish()                                                            # drops it
 
-A checkpoint holds the trained weights, AdamW's moments and the number of steps taken. No more is
-needed: the samples and the learning rate of a step are functions of the seed and the step.
+A checkpoint holds the trained weights, the optimizer's moments and the number of steps taken. No
+more is needed: the samples and the learning rate of a step are functions of the seed and the step.
 """
 
 import json
@@ -23,7 +23,6 @@ from plumbing.processes import (all_sum, ignore_interrupts, is_main, noted_signa
                                 world_size)
 from plumbing.runs import differences
 
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW remembers of a parameter
 FREE = ("max_steps", "micro_batch")  # may differ when a stopped run goes on
 
 
@@ -53,8 +52,8 @@ class Resumable:
         """Writes the state after so many steps, whole or not at all."""
         tensors = {f"weight.{name}": p.detach() for name, p in self.trained.items()}
         for name, p in self.trained.items():
-            state = self.optimizer.state[p]
-            tensors |= {f"{moment}.{name}": state[moment] for moment in MOMENTS if state}
+            moments = self.optimizer.state[p]  # AdamW's: step, exp_avg, exp_avg_sq
+            tensors |= {f"{moment}.{name}": tensor for moment, tensor in moments.items()}
         about, started = json.dumps({"step": step, "config": self.config}), time.time()
         with at(f"{self.path}: could not be saved, an earlier one is kept"):
             with written_whole(self.path, sync=True) as temporary:
@@ -74,9 +73,11 @@ class Resumable:
                     raise BadInput(f"it belongs to another training ({other})")
                 for name, p in self.trained.items():
                     p.data.copy_(file.get_tensor(f"weight.{name}"))
-                    if f"step.{name}" in file.keys():
-                        self.optimizer.state[p] = {moment: file.get_tensor(f"{moment}.{name}")
-                                                   .to(p.device) for moment in MOMENTS}
+                for key in file.keys():
+                    moment, name = key.split(".", 1)
+                    if moment != "weight":
+                        p = self.trained[name]
+                        self.optimizer.state[p][moment] = file.get_tensor(key).to(p.device)
                 return int(about["step"])
 
     def steps(self, epoch, n_steps, workers):

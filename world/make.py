@@ -26,7 +26,7 @@ from plumbing.processes import run_script, workers
 from world import shapes
 
 PARTS = ("vision-text", "audio-text", "vision-audio", "test")
-LISTED = 7000  # so many of the first pictures also get lists (phase 0), to learn to see
+LISTED = 5000  # so many of the first pictures also get lists (phase 0), to learn to see
 SCENE_QUESTIONS = 4  # about each picture of the vision-text part, its lists aside
 # Some questions of the last stage are of MMAlign's kinds, so that these are not unlearned: one in
 # 13, as not every scene has such a question.
@@ -134,9 +134,9 @@ def add_command(commands):
     add("--seed", type=int, default=0, help="what is drawn, asked and spoken")
     add("--out", help="folder for the parts (default: runs/shapes/data-s<seed>)")
     add("--parts", nargs="+", default=PARTS, choices=PARTS, help="which parts to make")
-    add("--scenes", type=int, default=28000,
+    add("--scenes", type=int, default=16000,
         help="pictures with written questions, or one in eight text alone (vision-text)")
-    add("--clips", type=int, default=18000, help="spoken sentences (audio-text)")
+    add("--clips", type=int, default=8000, help="spoken sentences (audio-text)")
     add("--n", type=int, default=6400, help="spoken questions about pictures (vision-audio)")
     add("--test", type=int, default=800, help="held-out spoken questions (test)")
     add("--label-noise", type=float, default=0.25, help="share of wrong answers (vision-audio)")

@@ -34,10 +34,10 @@ def build_tokenizer():
 
 
 def build_lvlm():
-    """Returns (lvlm, tokenizer, settings): InternVL and Qwen2 with 1.3 M parameters."""
+    """Returns (lvlm, tokenizer, settings): InternVL and Qwen2 with 1.0 M parameters."""
     # Not the usual layer scale 0.1 and spread 0.02: with these, a model this narrow learns slowly.
     tokenizer = build_tokenizer()
-    vision = dict(hidden_size=96, num_hidden_layers=4, num_attention_heads=4, intermediate_size=384,
+    vision = dict(hidden_size=96, num_hidden_layers=2, num_attention_heads=4, intermediate_size=384,
                   image_size=[shapes.SIZE] * 2, patch_size=[16, 16], attention_bias=True,
                   use_mean_pooling=True, layer_scale_init_value=0.5, initializer_range=0.08)
     text = dict(model_type="qwen2", vocab_size=len(tokenizer), hidden_size=128, num_hidden_layers=4,
@@ -49,8 +49,13 @@ def build_lvlm():
     lvlm = InternVLForConditionalGeneration(config)
 
     with torch.no_grad():
-        # InternVL's positions begin at 0: beside the patches they would be too small for long.
-        nn.init.normal_(lvlm.model.vision_tower.embeddings.position_embeddings, std=1.0)
+        # InternVL's positions begin at 0: beside the patches they would be too small for long. Here
+        # the patches of a row of cells begin with one direction in common, those of a column with
+        # another. Otherwise left and right are told apart late.
+        positions = lvlm.model.vision_tower.embeddings.position_embeddings  # (1, 1 + 4 * 4, W)
+        nn.init.normal_(positions, std=0.3)
+        cells = torch.randn(2, 1, positions.size(2)) + torch.randn(1, 2, positions.size(2))
+        positions[0, 1:] += cells.repeat_interleave(2, 0).repeat_interleave(2, 1).flatten(0, 1)
         # A word is read and said in the same direction at first: so it is sooner seen in a picture.
         lvlm.lm_head.weight.copy_(lvlm.get_input_embeddings().weight)
     settings = {"llm": "qwen2", "system": "", "image_size": shapes.SIZE, "tokens_per_tile": 4,

@@ -1,6 +1,6 @@
 """The built-in world: small pictures, questions about them, and answers that can be checked.
 
-A scene is a 2 x 2 grid with two to four objects, each a colour and a shape. There are six kinds of
+A scene is a 2 x 2 grid with two or three objects, each a colour and a shape. There are six kinds of
 question (KINDS), and two in the manner of the paper's MMAlign (ALIGN_KINDS): which of two sentences
 is right? Questions and answers come in several wordings, so that a teacher's distribution over
 answers says more than one word. All of it is drawn from a seed. To see one scene:
@@ -20,14 +20,14 @@ COLORS = {"red": (225, 50, 45), "green": (40, 170, 70), "blue": (50, 90, 225),
           "yellow": (240, 210, 50), "purple": (150, 60, 190), "white": (245, 245, 245)}
 SHAPES = ("circle", "square", "triangle", "star")
 PLACES = ("top left", "top right", "bottom left", "bottom right")  # the cells, in reading order
-NUMBERS = ("zero", "one", "two", "three", "four")
+NUMBERS = ("zero", "one", "two", "three")
 KINDS = ("color", "shape", "count", "existence", "place", "description")
 ALIGN_KINDS = ("relation", "attribute")
 # Asked in vision-text alone: long answers that name all that is there teach the base to see.
 LIST_KINDS = ("by shape", "by color", "by side", "by number")
 # The share of each kind in vision-text: what takes longer to learn is asked more often.
-BASE_KINDS = (("shape", "description", "by side") + 2 * ("color", "attribute") + 4 * ("relation",)
-              + 5 * ("place",) + 6 * ("existence",) + 7 * ("count",))
+BASE_KINDS = (("shape", "description", "by side") + 3 * ("color",)
+              + 4 * ("attribute", "relation", "place") + 5 * ("existence", "count"))
 CLASSES = {"color": tuple(COLORS), "shape": SHAPES, "count": NUMBERS, "existence": ("yes", "no"),
            "place": PLACES}  # the words that an answer of each kind may have
 INSTRUCTION = "say it again"  # follows what is to be repeated (text) or transcribed (speech)
@@ -76,7 +76,7 @@ def draw_scene(rng, held_out):
     needed, and no held-out scene is ever trained on, whatever the seed.
     """
     while True:
-        cells = sorted(rng.sample(range(len(PLACES)), rng.randint(2, 4)))
+        cells = sorted(rng.sample(range(len(PLACES)), rng.randint(2, 3)))
         objects = rng.sample([(c, s) for c in COLORS for s in SHAPES], len(cells))
         scene = dict(zip(cells, objects))
         if (hashlib.sha256(repr(scene).encode()).digest()[0] % 8 == 0) == held_out:
@@ -297,7 +297,7 @@ def draw_question(rng, scene, kinds, noise=0.0):
 def draw_sentence(rng):
     """Draws something to say or to repeat without a picture: a question, or an answer."""
     scene = draw_scene(rng, held_out=False)
-    sample = draw_question(rng, scene, KINDS + 2 * ALIGN_KINDS)
+    sample = draw_question(rng, scene, 2 * KINDS + ALIGN_KINDS)
     return sample["answer"] if rng.random() < 0.25 else sample["question"]
 
 
