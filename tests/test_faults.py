@@ -22,6 +22,7 @@ import train
 from plumbing.checkpoint import Resumable
 from plumbing.files import BadInput, only_writer, readable_errors, written_whole
 from plumbing.processes import set_up_processes
+from world.muon import Muon
 
 
 def begin(*arguments, cwd, torchrun=()):
@@ -234,12 +235,14 @@ def test_a_full_disk_keeps_the_checkpoint_before(options, tmp_path):
     assert (out / "checkpoint.safetensors").read_bytes() == before and not list(out.glob(".*.tmp"))
 
 
-def test_what_has_had_no_gradient_yet_goes_on_as_exactly(tmp_path):
+@pytest.mark.parametrize("optimizer_class", [torch.optim.AdamW, Muon])
+def test_what_has_had_no_gradient_yet_goes_on_as_exactly(optimizer_class, tmp_path):
     """Text alone leaves the vision encoder no gradient: AdamW has fewer steps of it, or none."""
     def start():
         torch.manual_seed(0)
-        layers = {name: torch.nn.Parameter(torch.randn(3)) for name in ("often", "seldom", "never")}
-        return layers, torch.optim.AdamW(layers.values(), lr=0.1, fused=True)
+        layers = {name: torch.nn.Parameter(torch.randn(3, 2))
+                  for name in ("often", "seldom", "never")}
+        return layers, optimizer_class(layers.values(), lr=0.1, fused=True)
 
     def step(layers, optimizer, i):
         optimizer.zero_grad()
