@@ -19,7 +19,8 @@ from PIL import Image, ImageDraw
 COLORS = {"red": (225, 50, 45), "green": (40, 170, 70), "blue": (50, 90, 225),
           "yellow": (240, 210, 50), "purple": (150, 60, 190), "white": (245, 245, 245)}
 SHAPES = ("circle", "square", "triangle", "star")
-PLACES = ("top left", "top right", "bottom left", "bottom right")  # the cells, in reading order
+# The cells, in reading order; each name is one token.
+PLACES = ("top-left", "top-right", "bottom-left", "bottom-right")
 NUMBERS = ("zero", "one", "two", "three")
 KINDS = ("color", "shape", "count", "existence", "place", "description")
 ALIGN_KINDS = ("relation", "attribute")
@@ -169,7 +170,7 @@ def ask_description(rng, scene):
 
 
 def ask_by_shape(rng, scene):
-    """Asks for a list, circles first: "circle red top left and star ..."."""
+    """Asks for a list, circles first: "circle red top-left and star ..."."""
     things = [(shape, color, PLACES[cell]) for cell, (color, shape) in scene.items()]
     things.sort(key=lambda thing: SHAPES.index(thing[0]))
     return "", " and ".join(map(" ".join, things))
