@@ -1,6 +1,6 @@
 """The built-in world on disk: every picture drawn, every question spoken, as four prepared folders.
 
-    python data.py shapes --seed 0                     # to runs/shapes/data-s0, in two minutes
+    python data.py shapes --seed 0                     # to runs/shapes/data-s0, in a minute
     python data.py shapes --seed 0 --label-noise 0     # training answers without errors
 
 | part         | a sample                                                               |
