@@ -68,10 +68,10 @@ STAGES = {  # which forms of the question each reads
 }
 PURPOSES = {  # what each learns and why, and its minutes in the built-in world on two CPU cores
     "vision-text": ("the model learns to see and to read questions. It will be the teacher; from "
-                    "here on it is frozen", 4),
+                    "here on it is frozen", 5),
     "audio-text": ("the audio encoder and the projector learn to hear, by transcribing speech", 2),
     "vision-audio": ("audio encoder and projector learn to answer spoken questions: alpha weighs "
-                     "the model's own answers on reading them (KL) against the data's (CE)", 1),
+                     "the model's own answers on reading them (KL) against the data's (CE)", 2),
 }
 WARMUP = 0.03  # share of the steps
 CLIP = 1.0  # largest norm of the gradient
