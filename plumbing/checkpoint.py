@@ -23,6 +23,8 @@ from plumbing.processes import (all_sum, ignore_interrupts, is_main, noted_signa
                                 world_size)
 from plumbing.runs import differences
 
+# What AdamW and Muon (world/muon.py) remember of a parameter.
+MOMENTS = ("step", "exp_avg", "exp_avg_sq"), ("momentum",)
 FREE = ("max_steps", "micro_batch")  # may differ when a stopped run goes on
 
 
@@ -52,7 +54,7 @@ class Resumable:
         """Writes the state after so many steps, whole or not at all."""
         tensors = {f"weight.{name}": p.detach() for name, p in self.trained.items()}
         for name, p in self.trained.items():
-            moments = self.optimizer.state[p]  # AdamW's: step, exp_avg, exp_avg_sq
+            moments = self.optimizer.state[p]
             tensors |= {f"{moment}.{name}": tensor for moment, tensor in moments.items()}
         about, started = json.dumps({"step": step, "config": self.config}), time.time()
         with at(f"{self.path}: could not be saved, an earlier one is kept"):
@@ -73,11 +75,11 @@ class Resumable:
                     raise BadInput(f"it belongs to another training ({other})")
                 for name, p in self.trained.items():
                     p.data.copy_(file.get_tensor(f"weight.{name}"))
-                for key in file.keys():
-                    moment, name = key.split(".", 1)
-                    if moment != "weight":
-                        p = self.trained[name]
-                        self.optimizer.state[p][moment] = file.get_tensor(key).to(p.device)
+                    for moments in MOMENTS:
+                        if f"{moments[0]}.{name}" in file.keys():
+                            self.optimizer.state[p] = {
+                                moment: file.get_tensor(f"{moment}.{name}").to(p.device)
+                                for moment in moments}
                 return int(about["step"])
 
     def steps(self, epoch, n_steps, workers):
