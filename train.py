@@ -279,8 +279,8 @@ def train_stage(args, config, out, rank, world_size, device):
 
     # Optimizer and checkpoint, which names its data and its start by SHA-256: folders may move.
     trained = {name: p for name, p in ollm.named_parameters() if p.requires_grad}
-    optimizer = Muon if config["muon"] else torch.optim.AdamW
-    optimizer = optimizer(trained.values(), betas=BETAS, weight_decay=0.0, fused=True)
+    optimizer_class = Muon if config["muon"] else torch.optim.AdamW
+    optimizer = optimizer_class(trained.values(), betas=BETAS, weight_decay=0.0, fused=True)
     content = {"data": epoch.samples.fingerprint(),
                "init": config["init"] and runs.fingerprint(config["init"])}
     progress = Resumable(out, config | content, trained, optimizer, args.save_every, device)
@@ -291,10 +291,9 @@ def train_stage(args, config, out, rank, world_size, device):
     if rank == 0:
         purpose, minutes = PURPOSES[stage]
         time_needed = f" (about {minutes} min on two CPU cores)" if args.preset == "shapes" else ""
-        n_parameters = sum(map(torch.numel, trained.values()))
         print(f"\n{stage}: {purpose}{time_needed}.\n{len(epoch.samples)} samples in "
               f"{len(epoch.order)} groups, {n_steps} steps on {world_size} x {device}, "
-              f"{n_parameters:,} parameters trained")
+              f"{sum(map(torch.numel, trained.values())):,} parameters trained")
 
     for step, micro_batches in progress.steps(epoch, n_steps, args.workers):
         # 1. The learning rate, a function of the step alone

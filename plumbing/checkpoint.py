@@ -73,10 +73,11 @@ class Resumable:
                 other = differences(about["config"], self.config, FREE)
                 if other:
                     raise BadInput(f"it belongs to another training ({other})")
+                saved = set(file.keys())
                 for name, p in self.trained.items():
                     p.data.copy_(file.get_tensor(f"weight.{name}"))
                     for moments in MOMENTS:
-                        if f"{moments[0]}.{name}" in file.keys():
+                        if f"{moments[0]}.{name}" in saved:
                             self.optimizer.state[p] = {
                                 moment: file.get_tensor(f"{moment}.{name}").to(p.device)
                                 for moment in moments}

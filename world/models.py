@@ -52,9 +52,9 @@ def build_lvlm():
         # InternVL's positions begin at 0: beside the patches they would be too small for long. Here
         # the patches of a row of cells begin with one direction in common, those of a column with
         # another. Otherwise left and right are told apart late.
-        positions = lvlm.model.vision_tower.embeddings.position_embeddings  # (1, 1 + 4 * 4, W)
+        positions = lvlm.model.vision_tower.embeddings.position_embeddings  # (1, 1 + 4 * 4, 96)
         nn.init.normal_(positions, std=0.3)
-        cells = torch.randn(2, 1, positions.size(2)) + torch.randn(1, 2, positions.size(2))
+        cells = torch.randn(2, 1, 96) + torch.randn(1, 2, 96)  # (2, 2, 96)
         positions[0, 1:] += cells.repeat_interleave(2, 0).repeat_interleave(2, 1).flatten(0, 1)
         # A word is read and said in the same direction at first: so it is sooner seen in a picture.
         lvlm.lm_head.weight.copy_(lvlm.get_input_embeddings().weight)
