@@ -59,6 +59,7 @@ def draw_sweep(curves, path):
         for place, alpha in zip(places, alphas):
             seeds = by_alpha[alpha]
             axes.plot([place] * len(seeds), seeds, ".", color=color, alpha=0.4, markersize=4)
+    axes.set_xticks([0, 0.25, 0.5, 0.75, 1])  # the paper's
     axes.set_xlabel("alpha (0: SFT, 1: distillation alone)")
     axes.set_ylabel("spoken questions right (%)")
     axes.grid(alpha=0.3)
