@@ -188,6 +188,10 @@ def test_the_chain_makes_what_is_missing_and_reuses_it(world, tmp_path):
     assert Image.open(tmp_path / "runs/report/cases.png").height > 300
     picture, = re.findall(r"!\[\]\((.*?)\)", rows[2])
     assert (tmp_path / "runs/report" / picture).is_file()
+    sweep = run_here("analysis.sweep", cwd=tmp_path)
+    assert sweep.returncode == 0, sweep.stderr
+    for name in ("sweep.png", "story.png"):
+        assert Image.open(tmp_path / "runs/report" / name).height > 300
 
     picture = tmp_path / "runs/shapes/data-s3/test/images/000000.png"
     run = tmp_path / "runs/shapes/vision-audio-a0.5-s3"
