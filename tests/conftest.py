@@ -31,7 +31,7 @@ from world.models import build_audio_encoder, build_lvlm
 
 def pytest_configure(config):
     config.addinivalue_line("markers",
-                            "slow: minutes and gigabytes; run only when asked for, by `-m slow`")
+                            "slow: much time, or gigabytes; run only when asked for, by `-m slow`")
 
 
 def pytest_collection_modifyitems(config, items):

@@ -15,6 +15,7 @@ from analysis import bench
 ARGS = argparse.Namespace(batch=2, seconds=1.0, question=5, answer=6)
 
 
+@pytest.mark.slow
 def test_the_table_is_printed_and_the_last_line_is_json():
     command = [sys.executable, "-m", "analysis.bench", "--size", "shapes", "--rounds", "1",
                "--tiles", "3", "--json"]

@@ -206,6 +206,7 @@ def test_the_chain_makes_what_is_missing_and_reuses_it(world, tmp_path):
     assert unknown.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_fails_changes_neither_run_nor_exit_code(world, start, tmp_path):
     shutil.copytree(world, tmp_path / "runs/shapes/data-s3")
     shutil.rmtree(tmp_path / "runs/shapes/data-s3/test")
