@@ -29,7 +29,7 @@ from model import OLLM
 from plumbing import runs
 from plumbing.files import BadInput, at, readable_errors, write_json_lines
 from plumbing.media import MAX_SECONDS, speak
-from plumbing.tables import paired_bootstrap, print_summaries
+from plumbing.tables import print_summaries, seed_interval
 from world import shapes
 
 AVERAGE = "mean of six kinds"
@@ -186,9 +186,9 @@ def print_differences(answers, score):
         pairs = [list(zip(sft[seed], answers[name, seed])) for seed in seeds]
         before = [[score(row, row["audio"]) for row, _ in pair] for pair in pairs]
         after = [[score(row, row["audio"]) for _, row in pair] for pair in pairs]
-        mean, low, high = paired_bootstrap(before, after)
+        (mean, low, high), how = seed_interval(before, after)
         print(f"{name} - SFT, spoken: {mean:+.1f} points, 95 % interval {low:+.1f} to {high:+.1f} "
-              f"({sum(map(len, before))} questions, seeds {', '.join(map(str, seeds))})")
+              f"({how}; {sum(map(len, before))} questions, seeds {', '.join(map(str, seeds))})")
         if len(seeds) == 1:
             print_example(name, pairs[0], before[0], after[0])
 

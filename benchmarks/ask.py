@@ -315,9 +315,9 @@ def print_differences(results):
             pairs[f"speech - that of {first}"] = listening[first]["audio"]
         for title, others in pairs.items():
             for name, result in scores["audio"].items():
-                mean, low, high = paired_bootstrap([others[name]["rows"]], [result["rows"]])
+                mean, low, high = paired_bootstrap(others[name]["rows"], result["rows"])
                 print(f"{label}, {name}, {title}: {mean:+.1f} points a row, "
-                      f"95 % interval {low:+.1f} to {high:+.1f}")
+                      f"95 % interval {low:+.1f} to {high:+.1f} (bootstrap over the questions)")
 
 
 def draw_bars(groups, columns, path):

@@ -23,7 +23,7 @@ MISTAKES = {  # what a student might write instead
     "learning_rate": ("(step - warmup) / max(1, steps - warmup)", "step / steps"),
     "forward_backward": ("model(batch, alpha, temperature, n_tokens)",
                          "model(batch, alpha, temperature)"),
-    "paired_bootstrap": ("0.025", "0.25"),
+    "seed_interval": (" / len(differences) ** 0.5", ""),
 }
 ROWS = re.findall(r"(?m)^\| `(\w+)` in `([\w/.]+)` \| .* \| `python (-m pytest .*)` \|$",
                   (ROOT / "EXERCISES.md").read_text())
