@@ -29,6 +29,7 @@ from model import OLLM
 from plumbing import runs
 from plumbing.files import BadInput, at, readable_errors, write_json_lines
 from plumbing.media import MAX_SECONDS, speak
+from plumbing.samples import how_asked
 from plumbing.tables import print_summaries, seed_interval
 from world import shapes
 
@@ -88,6 +89,10 @@ def evaluate(run, folder, kinds, args):
     if not indices:
         raise BadInput(f"{folder}: has no question of the kinds {', '.join(kinds)}")
 
+    # Answers to another voice than the one that trained would be worse, unnoticed.
+    spoken, trained = how_asked([folder])["tts"], ollm.settings.get("tts")
+    if trained not in (None, spoken):
+        print(f"note: {folder} is spoken by {spoken}; in training of {run} it was {trained}")
     transcribes = runs.about(run)["training"]["stage"] == "audio-text"
 
     # Like lengths are asked together; the rows come back in the folder's order.
@@ -119,7 +124,7 @@ def answer_one(run, args):
               "question": args.question or "", "answer": ""}
     forms = ("audio",) if args.question is None else ("text", "audio")
     sources = {"text": args.question, "audio": args.audio or f"{args.question} (espeak-ng)"}
-    for form, answers in ollm.answer([sample], forms).items():
+    for form, answers in ollm.answer([sample], forms, max_new_tokens=256).items():
         print(f"{form:5}  {sources[form]}  ->  {answers[0]}")
 
 

@@ -3,7 +3,7 @@
     python mmalign.py                                       # base, aligned, every alpha of seed 0
     python mmalign.py runs/shapes/vision-audio-a*-s[012]    # any runs; seeds are averaged
     python mmalign.py build --relation visual_genome_relation.json \\
-        --attribution visual_genome_attribution.json --images DIR --out mmalign
+        --attribution visual_genome_attribution.json --images DIR --out mmalign --run RUN
     python mmalign.py RUN [RUN ...] --data mmalign          # the benchmark, asked of any runs
 
 The benchmark asks for relations ("a star left of a circle" or "a circle left of a star") and for
@@ -15,9 +15,9 @@ in the test part beside the other kinds ("star left of circle or circle left of 
 `build` takes the pairs of sentences from ARO (Yuksekgonul et al., ICLR 2023, arXiv 2210.01936), as
 the paper does (section 3.2): 300 relations and 300 attributes, two captions in a spoken question.
 The rest is our own, as the paper is silent: which rows (drawn by the seed, no symmetric relation),
-pictures cut to ARO's box, the wording, the true sentence first in exactly half of each kind,
-espeak-ng's held-out voices (or --tts mms), and what counts as an answer (`judge`). So its numbers
-are near the paper's, but not of the same test.
+pictures cut to ARO's box, the wording, the true sentence first in exactly half of each kind, who
+speaks (who spoke in RUN's training; without --run and --tts, espeak-ng's held-out voices), and what
+counts as an answer (`judge`). So its numbers are near the paper's, but not of the same test.
 
 An answer is right if it names the true sentence and not the false one. Who picks one of the two
 blindly is right half of the time. With --data, the table also says how many name one at all.
@@ -31,6 +31,7 @@ from collections import Counter
 from pathlib import Path
 
 import eval
+from plumbing import runs
 from plumbing.files import BadInput, at, read_json, readable_errors
 from plumbing.media import HELD_OUT_VOICES, load_image, save_png
 from real import corpora
@@ -217,8 +218,13 @@ def build_arguments(arguments):
     add("--out", required=True, help="the prepared folder")
     add("--seed", type=int, default=0, help="of the draw and the voices")
     add("--n", type=int, default=300, help="questions of each kind, an even number")
-    corpora.add_voice_arguments(add, "espeak")
+    add("--run", help="a run: who spoke in its training speaks here (--tts, --voice override)")
+    corpora.add_voice_arguments(add, None)
     args = parser.parse_args(arguments)
+    settings = runs.about(args.run)["settings"] or {} if args.run else {}
+    args.tts = args.tts or settings.get("tts", "espeak")
+    args.voice = args.voice or settings.get("voice") or corpora.MMS_VOICE
+    del args.run  # the folder tells the voice
     if args.n % 2:
         parser.error(f"--n must be even: the true sentence stands first in half, not {args.n}")
     return args

@@ -61,7 +61,7 @@ class OLLM(nn.Module):
             self.projector = nn.Linear(audio_encoder.config.d_model, width)  # W to D
 
     def train_only(self, stage):
-        """Freezes all but the LVLM, or all but audio encoder and projector (section 3.3)."""
+        """Freezes all but the LVLM, or all but audio encoder and projector (Appendix A)."""
         self.requires_grad_(False)
         for part in [self.lvlm] if stage == "vision-text" else [self.audio_encoder, self.projector]:
             part.requires_grad_(True)
@@ -86,7 +86,10 @@ class OLLM(nn.Module):
         """Turns a batch's pictures, see `data.pixels`, into image tokens (tokens of all, D)."""
         if pixels["pixel_values"].dtype == torch.uint8:
             pixels = pixels | {"pixel_values": normalize(pixels["pixel_values"])}
-        return torch.cat([*self.lvlm.get_image_features(**pixels).pooler_output])
+        features = self.lvlm.get_image_features(**pixels)
+        if hasattr(features, "deepstack_features"):  # without them, numbers would be wrong
+            raise BadInput("not supported: an LVLM whose picture enters deeper layers (deepstack)")
+        return torch.cat([*features.pooler_output])
 
     def hear(self, mel, n_frames):
         """Turns log-mel spectrograms (B, M, F) into audio tokens (B, A, D), A = F / 4.
@@ -183,7 +186,7 @@ class OLLM(nn.Module):
         return self.lvlm.lm_head(hidden[:, :-1][is_answer]), labels[is_answer]
 
     def forward(self, batch, alpha, temperature=1.0, n_tokens=None):
-        """Computes the paired-input loss (Eq. 2). Returns (loss, kl, ce); see loss.py."""
+        """Computes the paired-input loss (Eq. 3). Returns (loss, kl, ce); see loss.py."""
         prefix = self.encode_prefix(batch)
 
         # The student hears the question. (In the stage vision-text there is no speech: it reads.)

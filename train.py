@@ -35,7 +35,7 @@ from plumbing.checkpoint import Resumable
 from plumbing.files import BadInput, only_writer, readable_errors
 from plumbing.processes import (all_sum, broadcast, close_processes, run_script, set_up_processes,
                                 wait_for_all)
-from plumbing.samples import suffix_of
+from plumbing.samples import how_asked
 from real.checkpoints import load_audio_encoder
 from real.families import BASES
 from world.make import make_if_missing
@@ -53,7 +53,7 @@ PRESETS = {
         "audio-text": {"muon": True, "lr": 3e-3, "global_batch": 8, "micro_batch": 4},
         "vision-audio": {"lr": 1e-3, "global_batch": 8, "micro_batch": 8},
     },
-    # The paper's base models and one more, as in its section 4.1; micro-batches are ours.
+    # The paper's base models and one more; rates and batches are Appendix A's, micro-batches ours.
     **{name: {
         "lvlm": lvlm,
         "whisper": "openai/whisper-large-v3",
@@ -232,7 +232,7 @@ def start_model(config, device="cpu"):
     inputs = {key: config[key] for key in ("max_tiles", "audio_seconds")}
     ollm.settings |= {key: value for key, value in inputs.items() if value is not None}
     if stage == "vision-audio":  # evaluation asks as training did
-        ollm.settings["suffix"] = suffix_of(config["data"])
+        ollm.settings |= how_asked(config["data"])
     ollm.train_only(stage)
     return ollm
 

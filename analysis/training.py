@@ -15,18 +15,22 @@ from plumbing import runs, tables
 from plumbing.files import BadInput, at, json_lines, readable_errors
 
 PANELS = {"loss": "loss", "kl": "KL (nats)", "ce": "CE (nats)", "grad_norm": "gradient norm"}
+KL = [*PANELS].index("kl")
 MOST = 50  # steps in a running mean
 
 
 def read_log(run):
-    """Returns the numbers of each training step as a tensor (steps, panels)."""
+    """Returns the numbers of each training step as a tensor (steps, panels); NaN is not measured."""
     rows = []
     for place, line in json_lines(Path(run) / "log.jsonl"):
         with at(place):
             rows.append([line[key] for key in PANELS])
     if not rows:
         raise BadInput(f"{run}: its log has no step yet")
-    return torch.tensor(rows)
+    log = torch.tensor(rows)
+    if not log[:, KL].any():  # at alpha 0 there is no teacher: the KL is not 0, it is not measured
+        log[:, KL] = torch.nan
+    return log
 
 
 def draw_logs(paths, path):

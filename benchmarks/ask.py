@@ -10,6 +10,7 @@ ends with the same file. A model that is no run of ours has its answers in runs/
 server's in runs/endpoint/NAME.
 """
 
+import argparse
 import functools
 import hashlib
 import json
@@ -30,7 +31,7 @@ from plumbing.media import MAX_SECONDS, SAMPLE_RATE, VOICES, load_audio, save_so
 from plumbing.tables import COLORS, blank_figure, paired_bootstrap, print_summaries, save_figure
 from real import corpora
 
-DEFAULT_VOICES = {"espeak": VOICES[0], "mms": "facebook/mms-tts-eng"}
+DEFAULT_VOICES = {"espeak": VOICES[0], "mms": corpora.MMS_VOICE}
 SPEEDS = (175, 260, 350, 450)  # words a minute: long questions are spoken faster
 VLMEVALKIT_TILES = {"ChartQA_TEST": 12, "DocVQA_VAL": 18, "InfoVQA_VAL": 24}  # others 6 (July 2024)
 QWEN2_VL_TILES = {"min_tiles": 5, "max_tiles": 64}  # pixels of a picture, in all seven
@@ -48,8 +49,10 @@ def add_arguments(parser):
     add("--bench", nargs="+", metavar="TSV", help="VLMEvalKit's files, or folders of them")
     add("--suffix", choices=["spoken", "written", "dropped"], help="options and format behind a "
         "question: said aloud, in writing after the speech, or left out (default: as in training)")
-    add("--tts", choices=list(DEFAULT_VOICES), default="espeak", help="who speaks the benchmarks")
-    add("--voice", help="a voice of espeak-ng, or an MMS model's folder or hub id")
+    add("--tts", choices=list(DEFAULT_VOICES), help="who speaks the benchmarks (default: as in "
+        "training; espeak for a model that is no run)")
+    add("--voice", help="a voice of espeak-ng, or an MMS model's folder or hub id (default: as in "
+        "training)")
     add("--speech", default="runs/speech", help="folder that keeps the benchmarks' speech")
     add("--max-new-tokens", type=int, default=64, help="of an answer, in benchmarks")
     add("--vlmevalkit-tiles", action="store_true",
@@ -106,14 +109,17 @@ def bench_sample(row, forms, settings, args):
         return sample
 
 
-def voice_of(args):
-    """Returns who speaks: --voice, or the default of --tts."""
-    return args.voice or DEFAULT_VOICES[args.tts]
+def with_voice(args, settings):
+    """Returns args with --tts and --voice filled in: as a run was trained, by its settings."""
+    tts = args.tts or settings.get("tts", "espeak")
+    trained = settings.get("voice") if tts == settings.get("tts") else None
+    voice = args.voice or trained or DEFAULT_VOICES[tts]
+    return argparse.Namespace(**vars(args) | {"tts": tts, "voice": voice})
 
 
 def speech_path(text, args):
     """Returns where --speech keeps a text spoken by the voice."""
-    name = hashlib.sha256(f"{voice_of(args)}|{text}".encode()).hexdigest()[:32]
+    name = hashlib.sha256(f"{args.voice}|{text}".encode()).hexdigest()[:32]
     return Path(args.speech) / f"{name}.flac"
 
 
@@ -121,7 +127,7 @@ def speech(text, args):
     """Returns a text spoken, (samples,): from --speech, or by espeak-ng, a long text faster."""
     path = speech_path(text, args)
     if not path.exists():
-        voice = voice_of(args) if args.tts == "espeak" else VOICES[0]
+        voice = args.voice if args.tts == "espeak" else VOICES[0]
         for words_per_minute in SPEEDS:
             wave, _ = speak(text, voice, words_per_minute)  # (samples,)
             if len(wave) <= MAX_SECONDS * SAMPLE_RATE:
@@ -139,8 +145,8 @@ def speak_mms(rows, args):
     for row in rows:
         path = speech_path(row["aloud"], args)
         lines[path.stem] = {"id": path.stem, "question": row["aloud"], "audio": path.name}
-    folder, voice = Path(args.speech), voice_of(args)
-    spoken = corpora.speak_mms(list(lines.values()), folder, seed=0, path=voice)
+    folder = Path(args.speech)
+    spoken = corpora.speak_mms(list(lines.values()), folder, seed=0, path=args.voice)
     skipped = sum("skipped" in line for line in tqdm(spoken, total=len(lines), desc="speech"))
     if skipped:
         print(f"{skipped} of {len(lines)} questions are said by espeak-ng, as MMS cannot")
@@ -236,11 +242,14 @@ def predict(subject, settings, rows, path, args):
 
 def score_subject(subject, files, args):
     """Returns {form: {benchmark: what `score` gives}} of a subject on these files."""
-    results = {form: {} for form in subject["forms"]}
+    results, settings = {form: {} for form in subject["forms"]}, subject["settings"]
+    args = with_voice(args, settings or {})
+    suffix = args.suffix or (settings or {}).get("suffix", "spoken")
+    if "audio" in subject["forms"]:
+        print(f"{subject['label']}: spoken by {args.tts} ({args.voice}), format suffixes {suffix}")
     for file in files:
         # The name tells all that answers depend on, so no others are taken for them.
-        voice, settings = voice_of(args).replace("/", "_"), subject["settings"]
-        suffix = args.suffix or (settings or {}).get("suffix", "spoken")
+        settings, voice = subject["settings"], args.voice.replace("/", "_")
         name = f"{file.stem}-{suffix}-{voice}-{args.max_new_tokens}tokens"
         if settings and args.vlmevalkit_tiles:
             tiles = {"max_tiles": VLMEVALKIT_TILES.get(file.stem, 6)}

@@ -25,21 +25,26 @@ def read_samples(folder):
     return samples
 
 
-def suffix_of(folders):
-    """Returns what the folders do with format suffixes: "spoken", "written" or "dropped".
+def how_asked(folders):
+    """Returns how the folders' questions are spoken: {"suffix", "tts", "voice"}.
 
-    It stands in their settings.json; folders without that word have none. Raises BadInput if two
-    differ: one model cannot be evaluated in both ways.
+    suffix  what becomes of format suffixes: "spoken", "written" or "dropped"
+    tts     who speaks, "mms" or "espeak", and its voice (of MMS only; espeak-ng has many)
+    All stand in settings.json; what it does not tell is dropped suffixes and espeak-ng. Raises
+    BadInput if two suffixes differ: one model cannot be evaluated in both ways. Of several voices,
+    the first folder's counts.
     """
-    suffixes = {}
+    suffixes, voices = {}, []
     for folder in folders:
         note = Path(folder) / "settings.json"
         settings = read_json(note) if note.exists() else {}
         suffixes.setdefault(settings.get("suffix", "dropped"), folder)
+        tts = settings.get("tts", "espeak")
+        voices.append({"tts": tts, "voice": settings.get("voice") if tts == "mms" else None})
     if len(suffixes) > 1:
         each = ", ".join(f"{suffix} in {folder}" for suffix, folder in suffixes.items())
         raise BadInput(f"the format suffixes are {each}: prepare all folders with one --suffix")
-    return next(iter(suffixes))
+    return {"suffix": next(iter(suffixes)), **voices[0]}
 
 
 def check_sample(sample):

@@ -39,6 +39,7 @@ NOT_ASKED = re.compile(r"(?im)^\s*(reference ocr token:|hint:).*$")
 # A box in the picture: told, as [0.12, 0.3 or as four numbers, and asked for.
 COORDINATES = re.compile(r"\[\s*([01]\.\d|\d+(\s*,\s*[\d.]+){3})")
 ASKS_COORDINATES = re.compile(r"(?i)\bbounding box|\bcoordinates?\b")
+MMS_VOICE = "facebook/mms-tts-eng"
 LONGEST_QUESTION = 400  # characters; saying more would take longer than Whisper's 30 s
 
 
@@ -191,7 +192,7 @@ def speak_espeak(line, folder, seed, voices=VOICES):
         return {"id": line["id"], "skipped": str(error)}
 
 
-def speak_mms(lines, folder, seed, path="facebook/mms-tts-eng", batch_size=16):
+def speak_mms(lines, folder, seed, path=MMS_VOICE, batch_size=16):
     """Yields the lines, their questions spoken by MMS-TTS (VITS), on a GPU if there is one.
 
     VITS draws noise. So each batch has a seed of its own, and is spoken anew as a whole if any of
@@ -402,6 +403,6 @@ def add_commands(commands):
 
 
 def add_voice_arguments(add, default):
-    """Adds who speaks to a command."""
+    """Adds --tts and --voice to a command. default: of --tts; None leaves both to the caller."""
     add("--tts", choices=("mms", "espeak"), default=default, help="who speaks")
-    add("--voice", default="facebook/mms-tts-eng", help="folder or hub id of the MMS voice")
+    add("--voice", default=default and MMS_VOICE, help="folder or hub id of the MMS voice")

@@ -184,17 +184,17 @@ def test_what_cannot_be_measured_is_refused_in_one_line(runs, arguments):
     assert not (runs / "refused").exists()
 
 
-def write_log(run, steps, offset=0.0):
+def write_log(run, steps, offset=0.0, kl=0.1):
     """Writes a training log whose loss falls by one a step."""
     run.mkdir()
-    lines = [{"step": i, "loss": steps - i + offset, "kl": 0.1, "ce": 0.2, "lr": 1e-3,
+    lines = [{"step": i, "loss": steps - i + offset, "kl": kl, "ce": 0.2, "lr": 1e-3,
               "grad_norm": 2.0, "time": {"steps_per_s": 8.0}} for i in range(steps)]
     (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return run
 
 
 def test_training_logs_are_drawn_side_by_side_as_running_means(tmp_path, monkeypatch):
-    logs = [write_log(tmp_path / "a", 40), write_log(tmp_path / "b", 60, offset=5.0)]
+    logs = [write_log(tmp_path / "a", 40, kl=0.0), write_log(tmp_path / "b", 60, offset=5.0)]
     figures, draw = [], training.tables.plot_curves
     monkeypatch.setattr(training.tables, "plot_curves",
                         lambda *args, **options: (figures.append((args, options)),
@@ -206,6 +206,9 @@ def test_training_logs_are_drawn_side_by_side_as_running_means(tmp_path, monkeyp
     assert "4 steps" in ylabel and options["first"] == 3, "a tenth of the shorter log"
     assert loss_a.tolist() == pytest.approx([38.5 - i for i in range(37)])
     assert loss_b.tolist() == pytest.approx([63.5 - i for i in range(57)])
+    (_, kl_a, _), (_, kl_b, _) = panels["KL (nats)"]
+    assert kl_a.isnan().all() and kl_b.tolist() == pytest.approx([0.1] * 57), (
+        "SFT does not measure the KL, and keeps its place in the colours")
     assert (tmp_path / "out/training.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -229,7 +229,7 @@ def test_format_suffixes_are_spoken_written_or_dropped(place, tmp_path):
 
 
 def test_long_questions_are_spoken_faster_and_once(tmp_path):
-    args = SimpleNamespace(tts="espeak", voice=None, speech=tmp_path)
+    args = SimpleNamespace(tts="espeak", voice=VOICES[0], speech=tmp_path)
     slow = ask.speech("one two three", args)
     long = " ".join(["seventeen elephants"] * 38)
     wave = ask.speech(long, args)
@@ -266,10 +266,16 @@ def test_what_cannot_be_asked_is_one_clear_line(copy, arguments, name):
 def test_benchmarks_are_spoken_by_the_voice_that_trained(copy):
     """They were spoken by espeak-ng alone. What MMS cannot say, espeak-ng still says."""
     voice = build_vits(copy / "voice")
+    about = json.loads((copy / "sft/ollm.json").read_text())
+    about["settings"] |= {"tts": "mms", "voice": str(voice), "suffix": "dropped"}
+    (copy / "sft/ollm.json").write_text(json.dumps(about))
     lines = (copy / "tsv/TextVQA_VAL.tsv").read_text().splitlines(keepends=True)
-    done = run_here("eval.py", "sft", "--bench", "tsv/TextVQA_VAL.tsv", "--tts", "mms", "--voice",
-                    voice, "--suffix", "dropped", "--max-new-tokens", 2, cwd=copy)
+    command = ("eval.py", "sft", "--bench", "tsv/TextVQA_VAL.tsv", "--max-new-tokens", 2)
+    done = run_here(*command, cwd=copy)
     assert done.returncode == 0, done.stderr
+    assert f"sft: spoken by mms ({voice}), format suffixes dropped" in done.stdout
     path, = (copy / "sft/predictions").glob("*voice*.jsonl")
     assert len(path.read_text().splitlines()) == len(lines) - 1
     assert len(list((copy / "runs/speech").glob("*.flac"))) >= 1
+    done = run_here(*command, "--tts", "espeak", cwd=copy)
+    assert f"sft: spoken by espeak ({VOICES[0]})" in done.stdout, "--tts comes first"

@@ -27,7 +27,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_bench_tsv import write_benchmarks
 from test_model import ANSWERS, QUESTIONS
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, Qwen3VLConfig
 
 import data
 import train
@@ -418,6 +418,22 @@ def test_a_tokenizer_without_the_chats_marks_is_refused(tmp_path):
     shutil.copy(FIXTURES / "internvl2_tiny_internlm2/tokenizer_config.json", folder)
     with pytest.raises(BadInput, match="it lacks"):
         OLLM.load(folder)
+
+
+def test_a_picture_that_enters_deeper_layers_is_refused():
+    """Without them, logits would be off by half of their range, and nothing would say so."""
+    text = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+                head_dim=16, intermediate_size=32, vocab_size=50,
+                rope_parameters={"rope_type": "default", "mrope_section": [2, 3, 3],
+                                 "rope_theta": 1e4})
+    vision = dict(depth=2, hidden_size=16, out_hidden_size=32, num_heads=2, intermediate_size=32,
+                  deepstack_visual_indexes=[0])
+    config = Qwen3VLConfig(text_config=text, vision_config=vision)
+    ollm = OLLM(AutoModelForImageTextToText.from_config(config), None, {})
+    picture = {"pixel_values": torch.zeros(16, 3 * 2 * 16 * 16),
+               "image_grid_thw": torch.tensor([[1, 4, 4]])}
+    with pytest.raises(BadInput, match="deepstack"):
+        ollm.see(picture)
 
 
 def test_a_token_beyond_the_embeddings_is_refused(tmp_path):

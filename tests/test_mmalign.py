@@ -238,6 +238,20 @@ def test_speech_that_asks_in_the_other_order_is_never_kept(aro, tmp_path):
     assert max(map(len, by_speech.values())) == 1
 
 
+def test_the_voice_is_that_of_a_run(aro, tmp_path):
+    save_runs(tmp_path, "run", "vision-audio")
+    about = json.loads((tmp_path / "run/ollm.json").read_text())
+    about["settings"] |= {"tts": "mms", "voice": str(build_vits(tmp_path / "voice"))}
+    (tmp_path / "run/ollm.json").write_text(json.dumps(about))
+    for other, told in (({}, ["mms", str(tmp_path / "voice")]),
+                        ({"tts": "espeak"}, ["espeak", str(tmp_path / "voice")])):
+        out = tmp_path / told[0]
+        done = run_here(*command(aro, out, n=2, run=tmp_path / "run", **other), cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        settings = json.loads((out / "settings.json").read_text())
+        assert [settings["tts"], settings["voice"]] == told and "run" not in settings
+
+
 def test_mms_can_speak_it(aro, tmp_path):
     """A caption that it cannot say is left out before the draw: it was spoken in part."""
     rows = [relation_row(i) for i in range(12)]

@@ -395,17 +395,21 @@ def test_a_stage_trains_on_several_folders(world, start, tmp_path):
     assert f"{40 + 100} samples" in done.stdout
 
 
-def test_a_run_tells_how_its_questions_had_their_suffix(world, start, tmp_path):
-    """Evaluation could not know. Folders that differ are refused, those without a word drop it."""
+def test_a_run_tells_how_its_questions_were_spoken(world, start, tmp_path):
+    """Evaluation could not know. Two suffixes are refused; folders without a word drop it."""
     folders = [tmp_path / "spoken", world / "vision-audio"]
     shutil.copytree(world / "vision-audio", folders[0])
-    (folders[0] / "settings.json").write_text('{"suffix": "spoken"}')
+    (folders[0] / "settings.json").write_text('{"suffix": "spoken", "tts": "mms", "voice": "v"}')
     command = ("train.py", "--init", start / "audio", "--max-steps", 1, "--device", "cpu", "--data")
     mixed = run_here(*command, *folders, "--out", tmp_path / "mixed", cwd=tmp_path)
     assert mixed.returncode == 1 and mixed.stderr.count("\n") == 1 and "--suffix" in mixed.stderr
     assert f"spoken in {folders[0]}, dropped in {folders[1]}" in mixed.stderr
-    for folder, suffix in zip(folders, ("spoken", "dropped")):
-        out = tmp_path / f"run-{suffix}"
+    for folder, *told in zip(folders, ("spoken", "dropped"), ("mms", "espeak"), ("v", None)):
+        out = tmp_path / f"run-{told[0]}"
         done = run_here(*command, folder, "--out", out, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
-        assert json.loads((out / "ollm.json").read_text())["settings"]["suffix"] == suffix
+        settings = json.loads((out / "ollm.json").read_text())["settings"]
+        assert [settings[key] for key in ("suffix", "tts", "voice")] == told
+    done = run_here("eval.py", tmp_path / "run-spoken", "--data", world / "test", "--n", 4,
+                    cwd=tmp_path)
+    assert "is spoken by espeak; in training" in done.stdout, done.stderr
