@@ -58,7 +58,8 @@ class OLLM(nn.Module):
         self.audio_encoder, self.mel_extractor = audio_encoder, mel_extractor
         if audio_encoder is not None:
             width = lvlm.config.text_config.hidden_size
-            self.projector = nn.Linear(audio_encoder.config.d_model, width)  # W to D
+            # The "one-layer MLP" of section 5.1, here without a hidden layer: W to D
+            self.projector = nn.Linear(audio_encoder.config.d_model, width)
 
     def train_only(self, stage):
         """Freezes all but the LVLM, or all but audio encoder and projector (Appendix A)."""

@@ -1,0 +1,84 @@
+"""README's "Reproduce the paper", command by command, on a small tree of the same layout."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import soundfile
+from conftest import ROOT, build_internvl2, build_whisper
+from PIL import Image
+from test_bench_tsv import write_benchmarks
+from test_sources import build_vits
+
+BLOCK = re.search(r"## Reproduce the paper\n.*?```sh\n(.*?)```", (ROOT / "README.md").read_text(),
+                  re.DOTALL)[1]
+
+
+def save_on_hub(cache, name, build):
+    """Puts a folder where huggingface_hub keeps its copy of a model."""
+    place = cache / "hub" / f"models--{name.replace('/', '--')}"
+    (place / "refs").mkdir(parents=True)
+    (place / "refs/main").write_text("0" * 40)
+    (place / "snapshots").mkdir()
+    build(place / "built").rename(place / "snapshots" / ("0" * 40))
+
+
+def build_tree(folder):
+    """Makes what the commands read: recordings, annotations, pictures, benchmarks, models."""
+    for file in ROOT.iterdir():
+        if not file.name.startswith(".") and file.name not in ("runs", "prepared"):
+            (folder / file.name).symlink_to(file)
+    place = folder / "corpora/LibriSpeech/train-clean-360/1/2"
+    place.mkdir(parents=True)
+    for i in range(4):
+        noise = np.random.default_rng(i).normal(0, 0.1, 8000 + 800 * i)
+        soundfile.write(place / f"1-2-{i:04}.flac", noise, 16000)
+    texts = [f"1-2-{i:04} A RED CIRCLE\n" for i in range(4)]
+    (place / "1-2.trans.txt").write_text("".join(texts))
+
+    (folder / "llava").mkdir()
+    dialogues = []
+    for i in range(6):
+        Image.new("RGB", (60 + i, 40), "red").save(folder / f"llava/{i}.jpg")
+        turns = [("human", "<image>\nWhat is red?\nAnswer the question using a single word or "
+                           "phrase."), ("gpt", "a circle")]
+        dialogues.append({"id": str(i), "image": f"{i}.jpg", "conversations":
+                          [{"from": who, "value": text} for who, text in turns]})
+    (folder / "llava_v1_5_mix665k.json").write_text(json.dumps(dialogues))
+    (folder / "tsv").mkdir()
+    write_benchmarks(folder / "tsv")
+
+    def build_base(place):
+        place.mkdir()
+        return build_internvl2(place)
+
+    save_on_hub(folder / "hf", "OpenGVLab/InternVL2-1B", build_base)
+    save_on_hub(folder / "hf", "facebook/mms-tts-eng", build_vits)
+    save_on_hub(folder / "hf", "openai/whisper-large-v3", build_whisper)
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_readme_train_and_evaluate_with_one_voice(tmp_path):
+    build_tree(tmp_path)
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1",
+                   "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"}
+    block = BLOCK.replace("--nproc_per_node 8", "--nproc_per_node 2")
+    done = subprocess.run(["bash", "-euc", block], cwd=tmp_path, env=environment,
+                          capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+    runs = sorted((tmp_path / "runs/internvl2-1b").glob("vision-audio-*"))
+    assert [run.name for run in runs] == [f"vision-audio-a{alpha}-s0"
+                                          for alpha in ("0", "0.25", "0.5", "0.75", "1")]
+    for run in runs:
+        settings = json.loads((run / "ollm.json").read_text())["settings"]
+        assert (settings["tts"], settings["voice"]) == ("mms", "facebook/mms-tts-eng")
+        assert f"{run.name}: spoken by mms (facebook/mms-tts-eng), format suffixes spoken" in (
+            done.stdout)
+    table = json.loads((tmp_path / "runs/report/benchmarks.json").read_text())["table"]
+    assert set(table) == {"SFT", "KD 0.25", "KD 0.5", "KD 0.75", "KD 1"}
+    assert "MME" in table["KD 1"][0]["audio"]
