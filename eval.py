@@ -14,7 +14,7 @@ exactly one word of its question's class, the right one, once an exact echo of t
 away. A description counts by F1 over (colour, shape) pairs.
 """
 
-import plumbing  # isort: skip  (before torch: it tells torch's threads how to wait)
+import plumbing  # noqa: F401  # isort: skip (before torch: sets how its threads wait)
 import random
 import re
 import statistics
@@ -120,7 +120,7 @@ def answer_one(run, args):
     wave = data.load_audio(args.audio) if args.audio else speak(args.question)[0]
     if len(wave) > MAX_SECONDS * data.SAMPLE_RATE:
         raise BadInput(f"the question takes over {MAX_SECONDS} s to say, Whisper hears no more")
-    sample = {"pixels": data.pixels(data.load_image(args.image), settings), "wave": wave,
+    sample = {"pixels": data.picture_inputs(data.load_image(args.image), settings), "wave": wave,
               "question": args.question or "", "answer": ""}
     forms = ("audio",) if args.question is None else ("text", "audio")
     sources = {"text": args.question, "audio": args.audio or f"{args.question} (espeak-ng)"}

@@ -16,7 +16,8 @@ def self_kd_loss(student_logits, teacher_logits, labels, alpha, temperature=1.0,
     student_logits  (N, V) given the spoken question
     teacher_logits  (N, V) given the written question, without gradient; None if alpha is 0
     labels          (N,) the answer's tokens
-    alpha           0 is supervised fine-tuning, 1 is distillation alone; the paper's best is 0.75
+    alpha           0 is supervised fine-tuning, 1 is distillation alone (both in the paper's Table
+                    3); of the five of its Table 5, 0.75 is best
     temperature     softens both distributions (Hinton et al., 2015); the paper uses 1
     n_tokens        what the sums over N are divided by; None means N. Training passes the number
                     of answer tokens in the global batch, so that every token counts the same
@@ -29,7 +30,8 @@ def self_kd_loss(student_logits, teacher_logits, labels, alpha, temperature=1.0,
 
     # Self-distillation: the student's distribution over the vocabulary should be the teacher's.
     # This is the whole KL, not the cross-entropy to the teacher: where both agree it is exactly 0.
-    # Dividing logits by T shrinks the gradient by T squared, which the factor undoes.
+    # It is F.kl_div(student, teacher, reduction="sum", log_target=True), written out. Dividing
+    # logits by T shrinks the gradient by T squared, which the factor undoes.
     if alpha > 0:
         teacher = F.log_softmax(teacher_logits.to(dtype) / temperature, dim=-1)  # (N, V)
         student = F.log_softmax(student_logits / temperature, dim=-1)  # (N, V)

@@ -18,21 +18,30 @@ A batch is what `data.collate` returns. Letters in shape comments:
 """
 
 import copy
-import json
-import os
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
-from data import AUDIO_SLOT, IGNORE, collate, normalize, to
+from data import AUDIO_SLOT, IGNORE, collate
 from loss import self_kd_loss
 from plumbing import runs
-from plumbing.files import BadInput, at, written_folder
+from plumbing.files import BadInput, at
+from plumbing.processes import to
 from real.checkpoints import empty_audio_encoder, load_lvlm, load_tokenizer
 from real.families import CHATS, lvlm_settings, prefix_positions
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class Prefix(NamedTuple):
+    """All that was read before a query: `<system><image>`, and in generation what followed."""
+    cache: object  # transformers' cache of keys and values
+    mask: torch.Tensor  # (B, P) bool, False is padding
+    shift: object  # (B, 1) or 0: a Qwen2-VL picture takes fewer positions than tokens
 
 
 def half_precision(device):
@@ -40,15 +49,28 @@ def half_precision(device):
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
+def normalize(tiles):
+    """Returns the values (tiles, 3, H, W) float32 that InternVL's encoder expects of bytes."""
+    mean, std = torch.tensor([IMAGENET_MEAN, IMAGENET_STD], device=tiles.device)[..., None, None]
+    return (tiles / 255 - mean) / std
+
+
 class OLLM(nn.Module):
     """An LVLM, Whisper's encoder and one linear projector. Without the audio parts, a plain LVLM.
 
     lvlm           transformers' InternVLForConditionalGeneration, or Qwen2VL...
     tokenizer      its tokenizer
-    settings       how prompts are made: real/families.py's lvlm_settings, and "audio_seconds" if
-                   speech is padded
     base           folder or hub id that the lvlm comes from; None if the lvlm itself is trained
     audio_encoder  transformers' WhisperEncoder; mel_extractor: its WhisperFeatureExtractor
+    settings       how questions are put, a dict that a run keeps in its ollm.json:
+        llm, system          name of the chat (see real/families.py), and its system message
+        instruction          what follows speech that is to be transcribed
+        image_size           side of a tile in pixels
+        tokens_per_tile      how many image tokens it becomes
+        max_tiles            most tiles of a picture, thumbnail aside
+        min_tiles            least area in tiles, of a Qwen2-VL, which takes a picture whole
+        audio_seconds        speech is padded to so many; without it, to its own length
+        suffix, tts, voice   how the training's questions were spoken: plumbing/samples.py
     """
 
     def __init__(self, lvlm, tokenizer, settings, base=None, audio_encoder=None,
@@ -64,12 +86,14 @@ class OLLM(nn.Module):
     def train_only(self, stage):
         """Freezes all but the LVLM, or all but audio encoder and projector (Appendix A)."""
         self.requires_grad_(False)
-        for part in [self.lvlm] if stage == "vision-text" else [self.audio_encoder, self.projector]:
-            part.requires_grad_(True)
-        if self.audio_encoder is not None:  # Whisper's positions are sinusoids, which stay fixed
-            self.audio_encoder.embed_positions.requires_grad_(False)
+        if stage == "vision-text":
+            self.lvlm.requires_grad_(True)
+        else:
+            self.audio_encoder.requires_grad_(True)
+            self.audio_encoder.embed_positions.requires_grad_(False)  # sinusoids, which stay fixed
+            self.projector.requires_grad_(True)
 
-    def place(self, device):
+    def move_to(self, device):
         """Moves the model to a device. On a GPU, a frozen LVLM is kept in half precision.
 
         Only its parameters: with rounded buffers, rotary angles of far positions would be wrong.
@@ -84,21 +108,25 @@ class OLLM(nn.Module):
     # ---- from pictures and sound to tokens -------------------------------------------------------
 
     def see(self, pixels):
-        """Turns a batch's pictures, see `data.pixels`, into image tokens (tokens of all, D)."""
-        if pixels["pixel_values"].dtype == torch.uint8:
-            pixels = pixels | {"pixel_values": normalize(pixels["pixel_values"])}
+        """Turns a batch's pictures, see `data.picture_inputs`, into image tokens (of all, D)."""
+        if pixels["pixel_values"].dtype == torch.uint8:  # Qwen2-VL's patches come normalised
+            pixels = {"pixel_values": normalize(pixels["pixel_values"])}  # (tiles, 3, H, W)
         features = self.lvlm.get_image_features(**pixels)
         if hasattr(features, "deepstack_features"):  # without them, numbers would be wrong
             raise BadInput("not supported: an LVLM whose picture enters deeper layers (deepstack)")
-        return torch.cat([*features.pooler_output])
+        return torch.cat([*features.pooler_output])  # a tile each, or a Qwen2-VL picture each
 
     def hear(self, mel, n_frames):
         """Turns log-mel spectrograms (B, M, F) into audio tokens (B, A, D), A = F / 4.
 
         n_frames (B,): how many frames of each clip are real. These are Whisper's own layers, on the
         speech's real length instead of 30 s. Attention does not look past a clip's end, so a clip's
-        tokens do not depend on its batch. Tokens beyond n_frames / 4 mean nothing.
+        tokens do not depend on its batch. Tokens beyond n_frames / 4 mean nothing. Without speech
+        (mel is None) returns None.
         """
+        if mel is None:
+            return None
+
         # Whisper's two convolutions; the second halves the number of frames.
         encoder = self.audio_encoder
         x = F.gelu(encoder.conv1(mel.to(encoder.conv1.weight.dtype)))  # (B, W, F)
@@ -143,38 +171,43 @@ class OLLM(nn.Module):
     # ---- one image prefix, two questions, one answer ---------------------------------------------
 
     def encode_prefix(self, batch):
-        """Reads `<system><image>` once. Returns (keys and values, mask (B, P), shift)."""
+        """Reads `<system><image>` once. Returns the Prefix that each question continues."""
         ids, mask = batch["prefix"]["ids"], batch["prefix"]["mask"]  # (B, P), padded on the right
         positions, shift = prefix_positions(self.lvlm, ids, mask, batch["pixels"])
         out = self.lvlm.model.language_model(
             inputs_embeds=self.embed(ids, batch["pixels"]), attention_mask=mask,
             position_ids=positions, use_cache=True)
-        return out.past_key_values, mask, shift
+        return Prefix(out.past_key_values, mask, shift)
 
     def continue_prefix(self, prefix, query, audio_tokens=None):
         """Reads a query, and its answer if there is one, after the prefix.
 
         audio_tokens: (B, A, D) of a spoken query; None for a written one
-        Returns (hidden states (B, S, D), the longer prefix).
+        Returns (hidden states (B, S, D), the longer Prefix).
         """
         # A cache grows, so each query continues a copy. The tensors are shared: growing makes new
         # ones.
-        cache, prefix_mask, shift = copy.copy(prefix[0]), *prefix[1:]
+        cache = copy.copy(prefix.cache)
         cache.layers = [copy.copy(layer) for layer in cache.layers]
 
-        # Questions may share a row: each token sees the prefix, its own question and its answer.
-        mask = torch.cat([prefix_mask, query["mask"]], dim=1)  # (B, P + S)
+        # Positions go on from the prefix's real length: padding takes no position.
+        mask = torch.cat([prefix.mask, query["mask"]], dim=1)  # (B, P + S)
+        positions = (query["mask"].cumsum(1) - 1).clamp(min=0)  # (B, S)
+
+        # (The built-in base's lessons have rows of several questions, and positions of their own:
+        # world/lessons.py. There a token sees the prefix, its own question and its answer.)
         if "part" in query:
             own = (query["part"][:, :, None] == query["part"][:, None]).tril()  # (B, S, S)
-            before = prefix_mask[:, None].expand(-1, own.size(1), -1)  # (B, S, P)
+            before = prefix.mask[:, None].expand(-1, own.size(1), -1)  # (B, S, P)
             mask = torch.cat([before, own], dim=2)[:, None]  # (B, 1, S, P + S)
+        positions = query.get("positions", positions)
 
-        # Positions go on from the prefix's real length: padding takes no position.
-        positions = prefix_mask.sum(1, keepdim=True) + shift + query["positions"]  # (B, S)
+        # The LLM reads on.
+        positions = prefix.mask.sum(1, keepdim=True) + prefix.shift + positions  # (B, S)
         out = self.lvlm.model.language_model(
             inputs_embeds=self.embed(query["ids"], audio_tokens=audio_tokens),
             attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
-        return out.last_hidden_state, (cache, mask, shift)
+        return out.last_hidden_state, Prefix(cache, mask, prefix.shift)
 
     def answer_logits(self, prefix, query, audio_tokens=None):
         """Returns logits (N, V) at the positions that predict the answer, and its tokens (N,).
@@ -184,18 +217,17 @@ class OLLM(nn.Module):
         hidden, _ = self.continue_prefix(prefix, query, audio_tokens)  # (B, S, D)
         labels = query["labels"][:, 1:]  # (B, S - 1): the position before a token predicts it
         is_answer = labels != IGNORE  # (B, S - 1)
-        return self.lvlm.lm_head(hidden[:, :-1][is_answer]), labels[is_answer]
+        logits = self.lvlm.lm_head(hidden[:, :-1][is_answer])  # (N, V)
+        return logits, labels[is_answer]
 
     def forward(self, batch, alpha, temperature=1.0, n_tokens=None):
         """Computes the paired-input loss (Eq. 3). Returns (loss, kl, ce); see loss.py."""
         prefix = self.encode_prefix(batch)
 
-        # The student hears the question. (In the stage vision-text there is no speech: it reads.)
-        if batch["mel"] is None:
-            student, labels = self.answer_logits(prefix, batch["text"])  # (N, V), (N,)
-        else:
-            audio_tokens = self.hear(batch["mel"], batch["n_frames"])  # (B, A, D)
-            student, labels = self.answer_logits(prefix, batch["audio"], audio_tokens)
+        # The student hears the question. (Where there is no speech, it reads: the built-in base.)
+        audio_tokens = self.hear(batch["mel"], batch["n_frames"])  # (B, A, D)
+        query = batch["audio"] or batch["text"]
+        student, labels = self.answer_logits(prefix, query, audio_tokens)  # (N, V), (N,)
 
         # The teacher, the same weights, reads it. It is not trained.
         teacher = None
@@ -215,8 +247,10 @@ class OLLM(nn.Module):
         keep_end: leave the end mark on answers that reached it
         """
         end = self.tokenizer.convert_tokens_to_ids(CHATS[self.settings["llm"]]["end"])
-        answers = query["ids"][:, :0]  # (B, tokens so far)
-        n_read = int((prefix[1].sum(1) + query["mask"].sum(1)).max())  # at most the limit
+        answers = torch.empty_like(query["ids"][:, :0])  # (B, tokens so far)
+
+        # The last token of an answer is written but never read: it may stand beyond the limit.
+        n_read = int((prefix.mask.sum(1) + query["mask"].sum(1)).max())
         max_new_tokens = min(max_new_tokens, self.tokenizer.model_max_length - n_read + 1)
         while answers.size(1) < max_new_tokens and not (answers == end).any(1).all():
             hidden, prefix = self.continue_prefix(prefix, query, audio_tokens)
@@ -224,12 +258,16 @@ class OLLM(nn.Module):
             answers = torch.cat([answers, token], dim=1)
 
             # The next query is this one token: all that was read before is part of the prefix now.
-            query = {"ids": token, "mask": torch.ones_like(token, dtype=torch.bool),
-                     "positions": torch.zeros_like(token)}
+            query = {"ids": token, "mask": torch.ones_like(token, dtype=torch.bool)}
             audio_tokens = None
 
-        rows = [row[: row.index(end) + keep_end] if end in row else row
-                for row in answers.tolist()]
+        # An answer ends with its end mark.
+        rows = []
+        for row in answers.tolist():
+            if end in row:
+                stop = row.index(end)
+                row = row[: stop + 1] if keep_end else row[:stop]
+            rows.append(row)
         texts = self.tokenizer.batch_decode(rows, skip_special_tokens=not keep_end)
         return [text.strip() for text in texts]
 
@@ -237,7 +275,8 @@ class OLLM(nn.Module):
     def answer(self, samples, forms=("text", "audio"), **options):
         """Answers a list of samples, asked in writing and aloud. Returns {form: [answer, ...]}."""
         batch = collate(samples, self.tokenizer, self.mel_extractor, self.settings, answers=False)
-        batch, answers = to(batch, self.lvlm.device), {}
+        batch = to(batch, self.lvlm.device)
+        answers = {}
         with half_precision(self.lvlm.device):
             prefix = self.encode_prefix(batch)
             if "text" in forms:
@@ -247,44 +286,26 @@ class OLLM(nn.Module):
                 answers["audio"] = self.generate(prefix, batch["audio"], audio_tokens, **options)
         return answers
 
-    # ---- runs on disk ----------------------------------------------------------------------------
-
-    def save(self, run, config):
-        """Writes a run folder: what was trained (safetensors), and how and on which base (JSON)."""
-        with written_folder(run, last="ollm.json") as folder:
-            about = {"settings": self.settings, "base": None, "training": config}
-            if self.base is None:
-                self.lvlm.save_pretrained(folder)
-                self.tokenizer.save_pretrained(folder)
-            else:
-                is_folder = Path(self.base).is_dir()
-                about["base"] = os.path.relpath(self.base, run) if is_folder else str(self.base)
-                about["base_fingerprint"] = runs.fingerprint(self.base)
-                trained = {name: tensor.contiguous() for name, tensor in self.state_dict().items()
-                           if not name.startswith("lvlm.")}
-                save_file(trained, folder / "model.safetensors", metadata={"format": "pt"})
-                self.audio_encoder.config.save_pretrained(folder)
-                self.mel_extractor.save_pretrained(folder)
-            (folder / "ollm.json").write_text(json.dumps(about, indent=1) + "\n")
+    # ---- from disk (plumbing/runs.py writes runs) ------------------------------------------------
 
     @classmethod
     def load(cls, run, device="cpu"):
         """Reads a run folder, all frozen. An LVLM's folder or hub id gives one without audio."""
-        about, base = runs.about(run), runs.base_of(run)
+        info, base = runs.about(run), runs.base_of(run)
         with at(run):
-            if base != run and runs.fingerprint(base) != about["base_fingerprint"]:
+            if base != run and runs.fingerprint(base) != info["base_fingerprint"]:
                 raise BadInput(f"was trained on another base than lies in {base} now")
+
+            # The LVLM, from the base.
             lvlm = load_lvlm(base, device=device)
             tokenizer = load_tokenizer(base, lvlm.config.text_config)
-            settings = {"llm": "qwen2", **(about["settings"] or lvlm_settings(lvlm))}
+            settings = info["settings"] or lvlm_settings(lvlm)
             if base == run:
-                return cls(lvlm, tokenizer, settings, base).requires_grad_(False).place(device)
+                return cls(lvlm, tokenizer, settings, base).requires_grad_(False).move_to(device)
 
+            # The audio encoder and the projector, from the run: no name missing, none unknown.
             ollm = cls(lvlm, tokenizer, settings, base, *empty_audio_encoder(run))
             weights = load_file(Path(run) / "model.safetensors")
-            result = ollm.load_state_dict(weights, strict=False)
-            missing = [name for name in result.missing_keys if not name.startswith("lvlm.")]
-            if missing or result.unexpected_keys:
-                raise BadInput(f"the weights do not fit: missing {missing[:3]}, "
-                               f"unknown {result.unexpected_keys[:3]}")
-            return ollm.requires_grad_(False).place(device)
+            weights |= {f"lvlm.{name}": tensor for name, tensor in lvlm.state_dict().items()}
+            ollm.load_state_dict(weights)
+            return ollm.requires_grad_(False).move_to(device)

@@ -15,10 +15,11 @@ A stage starts from the run of the stage before it, and trains that first if it 
 to runs/<preset>/. After an interruption the same command goes on from the last checkpoint.
 """
 
-import plumbing  # isort: skip  (before torch: it tells torch's threads how to wait)
+import plumbing  # noqa: F401  # isort: skip (before torch: sets how its threads wait)
 import argparse
 import contextlib
 import functools
+import json
 import math
 import random
 import time
@@ -30,48 +31,41 @@ from torch.nn.parallel import DistributedDataParallel
 import data
 from data import IGNORE
 from model import OLLM, half_precision
-from plumbing import runs
+from plumbing import processes, runs
 from plumbing.checkpoint import Resumable
 from plumbing.files import BadInput, only_writer, readable_errors
-from plumbing.processes import (all_sum, broadcast, close_processes, run_script, set_up_processes,
-                                wait_for_all)
 from plumbing.samples import how_asked
 from real.checkpoints import load_audio_encoder
 from real.families import BASES
+from world.lessons import lessons
 from world.make import make_if_missing
-from world.models import build_audio_encoder, build_lvlm, spread_positions
+from world.models import build_audio_encoder, build_lvlm
 from world.muon import Muon
 
 # ---- settings ------------------------------------------------------------------------------------
 
+STAGES = {  # each: the forms of the question that it reads, and what is learnt
+    "vision-text": (["question"], "the LVLM learns to see and to read. It will be the teacher"),
+    "audio-text": (["audio"], "audio encoder and projector learn to hear, by transcribing speech"),
+    "vision-audio": (["question", "audio"], "they learn to answer spoken questions: alpha weighs "
+                     "the model's own answers on reading them (KL) against the data's (CE)"),
+}
 PRESETS = {
     "shapes": {  # the built-in world: nothing is downloaded
         "lvlm": None,
         "whisper": None,
-        # Here a batch counts pictures, each with four questions or lists: see Epoch.
+        # Here a batch counts pictures, each with four questions or lists: world/lessons.py.
         "vision-text": {"muon": True, "lr": 2e-3, "global_batch": 12, "micro_batch": 12},
         "audio-text": {"muon": True, "lr": 3e-3, "global_batch": 8, "micro_batch": 4},
         "vision-audio": {"lr": 1e-3, "global_batch": 8, "micro_batch": 8},
     },
-    # The paper's base models and one more; rates and batches are Appendix A's, micro-batches ours.
+    # The paper's base models and one more. Rates and batches are Appendix A's, micro-batches ours.
     **{name: {
         "lvlm": lvlm,
         "whisper": "openai/whisper-large-v3",
         "audio-text": {"lr": 4e-5, "global_batch": 128, "micro_batch": clips},
         "vision-audio": {"lr": 4e-5, "global_batch": 64, "micro_batch": 8},
     } for name, (lvlm, clips) in BASES.items()},
-}
-STAGES = {  # which forms of the question each reads
-    "vision-text": ("question",),
-    "audio-text": ("audio",),
-    "vision-audio": ("question", "audio"),
-}
-PURPOSES = {  # what each learns and why, and its minutes in the built-in world on two CPU cores
-    "vision-text": ("the model learns to see and to read questions. It will be the teacher; from "
-                    "here on it is frozen", 5),
-    "audio-text": ("the audio encoder and the projector learn to hear, by transcribing speech", 2),
-    "vision-audio": ("audio encoder and projector learn to answer spoken questions: alpha weighs "
-                     "the model's own answers on reading them (KL) against the data's (CE)", 2),
 }
 WARMUP = 0.03  # share of the steps
 CLIP = 1.0  # largest norm of the gradient
@@ -118,9 +112,14 @@ def parse_arguments():
     return args
 
 
+def stages_of(preset):
+    """Returns the stages that a preset has, in their order."""
+    return [stage for stage in STAGES if stage in PRESETS[preset]]
+
+
 def stages_to_train(args):
     """Returns the stage asked for, after those before it that have not left a run yet."""
-    stages = [stage for stage in STAGES if stage in PRESETS[args.preset]]
+    stages = stages_of(args.preset)
     before = [] if args.init else stages[: stages.index(args.stage)]
     missing = [stage for stage in before if not runs.finished(runs.folder(args, stage))]
     return missing + [args.stage]
@@ -128,25 +127,29 @@ def stages_to_train(args):
 
 def configure(args, stage):
     """Returns all that a stage's numbers depend on, as one dict, and the folder of its run."""
-    preset, out = PRESETS[args.preset], runs.folder(args, stage)
-    stages = [name for name in STAGES if name in preset]
-    init = preset["lvlm"]
+    preset, stages = PRESETS[args.preset], stages_of(args.preset)
+    out = runs.folder(args, stage)
+    config = {
+        "stage": stage, "seed": args.seed, "alpha": 0.0, "temperature": 1.0, "on_policy": 0.0,
+        "data": [f"runs/{args.preset}/data-s{args.seed}/{stage}"],
+        "init": preset["lvlm"], "whisper": preset["whisper"],
+        "max_steps": None, "muon": False, **preset[stage],
+        "max_tiles": args.max_tiles, "audio_seconds": args.audio_seconds,
+    }
     if stage != stages[0]:
-        init = str(runs.folder(args, stages[stages.index(stage) - 1]))
-    config = {"stage": stage, "alpha": 0.0, "temperature": 1.0, "on_policy": 0.0, "seed": args.seed,
-              "data": [f"runs/{args.preset}/data-s{args.seed}/{stage}"], "init": init,
-              "whisper": preset["whisper"], "max_steps": None, "muon": False, **preset[stage],
-              "max_tiles": args.max_tiles, "audio_seconds": args.audio_seconds}  # of all stages
+        config["init"] = str(runs.folder(args, stages[stages.index(stage) - 1]))
 
     # The loss's settings are the last stage's: the others know nothing but CE.
     if stage == "vision-audio":
-        config |= {key: getattr(args, key) for key in ("alpha", "temperature", "on_policy")}
+        for key in ("alpha", "temperature", "on_policy"):
+            config[key] = getattr(args, key)
 
     # Most of the command line is meant for the stage that it names, not for those before it.
     if stage == args.stage:
         out = args.out or out
-        keys = ("data", "init", "whisper", "lr", "global_batch", "micro_batch", "max_steps")
-        config |= {key: getattr(args, key) for key in keys if getattr(args, key) is not None}
+        for key in ("data", "init", "whisper", "lr", "global_batch", "micro_batch", "max_steps"):
+            if getattr(args, key) is not None:
+                config[key] = getattr(args, key)
     return config, Path(out)
 
 
@@ -160,17 +163,10 @@ class Epoch(torch.utils.data.Dataset):
     interruption, also on another number of processes, and takes the same steps.
     """
 
-    def __init__(self, config, samples, collate, rank=0, world_size=1):
-        self.config, self.samples, self.collate = config, samples, collate
+    def __init__(self, config, samples, order, collate, rank=0, world_size=1):
+        """order: a list of groups, each a list of samples' numbers; a batch counts groups."""
+        self.config, self.samples, self.order, self.collate = config, samples, order, collate
         self.rank, self.world_size = rank, world_size
-        # The built-in base first learns to see (phase 0), then to answer (phase 1): world/make.py.
-        # What is asked about one picture comes together: a group, which counts as one sample.
-        groups = {}
-        for i, row in enumerate(samples.rows):
-            groups.setdefault((float(row.get("phase", 0)), row.get("group", i)), []).append(i)
-        keys = list(groups)
-        random.Random(config["seed"]).shuffle(keys)
-        self.order = [groups[key] for key in sorted(keys, key=lambda key: key[0])]
 
     def __len__(self):
         return math.ceil(len(self.order) / self.config["global_batch"])
@@ -178,35 +174,49 @@ class Epoch(torch.utils.data.Dataset):
     def groups(self, step):
         """Returns the samples of a step on all ranks, in groups, shortest first."""
         size = self.config["global_batch"]
-        return sorted(self.order[step * size: (step + 1) * size],
-                      key=lambda group: sum(map(self.samples.length, group)))
+        groups = self.order[step * size: (step + 1) * size]
+        return sorted(groups, key=lambda group: sum(map(self.samples.length, group)))
+
+    def ids(self, step):
+        """Returns the ids of a step's samples."""
+        return [self.samples.rows[i]["id"] for i in sum(self.groups(step), [])]
 
     def __getitem__(self, step):
         # Every rank takes every world_size-th group, so that all have about the same work, and
         # the same number of micro-batches. Neighbours in length share one: little is padded.
-        groups, size = self.groups(step), self.config["micro_batch"]
+        groups = self.groups(step)
+        size = self.config["micro_batch"]
         mine = groups[self.rank:: self.world_size]
         longest = math.ceil(len(groups) / self.world_size)
         return [self.micro_batch(mine[start: start + size]) for start in range(0, longest, size)]
 
     def micro_batch(self, groups):
         """Collates some groups. Without any, one with weight 0: all ranks must take part."""
-        samples = [self.samples[i] for group in groups or self.order[:1] for i in group]
+        numbers = sum(groups or self.order[:1], [])
+        samples = [self.samples[i] for i in numbers]
         batch = self.collate(samples)
-        for form in ("text", "audio"):
-            if not groups and batch[form] is not None:
-                batch[form]["labels"].fill_(IGNORE)
-        return batch | ({"samples": samples} if self.config["on_policy"] and groups else {})
+        if not groups:
+            for form in ("text", "audio"):
+                if batch[form] is not None:
+                    batch[form]["labels"].fill_(IGNORE)
+        elif self.config["on_policy"]:
+            batch["samples"] = samples
+        return batch
 
 
 def make_epoch(config, ollm, rank=0, world_size=1):
     """Returns the Epoch that a config describes, for one rank."""
-    samples = data.Samples(config["data"], ollm.settings, STAGES[config["stage"]])
-    positions = spread_positions(config["seed"]) if config["stage"] == "vision-text" else None
-    collate = functools.partial(
-        data.collate, tokenizer=ollm.tokenizer, mel_extractor=ollm.mel_extractor,
-        settings=ollm.settings, positions=positions)
-    return Epoch(config, samples, collate, rank, world_size)
+    forms, _ = STAGES[config["stage"]]
+    samples = data.Samples(config["data"], ollm.settings, forms)
+    collate = functools.partial(data.collate, tokenizer=ollm.tokenizer,
+                                mel_extractor=ollm.mel_extractor, settings=ollm.settings)
+
+    # Each sample is a group of its own, but in the built-in base's lessons.
+    order = [[i] for i in range(len(samples))]
+    random.Random(config["seed"]).shuffle(order)
+    if config["stage"] == "vision-text":
+        order, collate = lessons(samples.rows, collate, config["seed"])
+    return Epoch(config, samples, order, collate, rank, world_size)
 
 
 def learning_rate(step, steps, peak):
@@ -222,6 +232,8 @@ def start_model(config, device="cpu"):
     torch.manual_seed(config["seed"])
     stage = config["stage"]
     ollm = OLLM(*build_lvlm()) if stage == "vision-text" else OLLM.load(config["init"], device)
+
+    # Alignment gives the LVLM an audio encoder; the last stage must find one.
     if stage == "audio-text" and ollm.audio_encoder is None:
         whisper = config["whisper"]
         parts = load_audio_encoder(whisper) if whisper else build_audio_encoder()
@@ -229,9 +241,12 @@ def start_model(config, device="cpu"):
     if stage == "vision-audio" and ollm.audio_encoder is None:
         raise BadInput(f"{config['init']}: has no audio encoder; vision-audio starts from an "
                        "audio-text run")
-    inputs = {key: config[key] for key in ("max_tiles", "audio_seconds")}
-    ollm.settings |= {key: value for key, value in inputs.items() if value is not None}
-    if stage == "vision-audio":  # evaluation asks as training did
+
+    # Evaluation asks as training did.
+    for key in ("max_tiles", "audio_seconds"):
+        if config[key] is not None:
+            ollm.settings[key] = config[key]
+    if stage == "vision-audio":
         ollm.settings |= how_asked(config["data"])
     ollm.train_only(stage)
     return ollm
@@ -240,13 +255,22 @@ def start_model(config, device="cpu"):
 # ---- the loop ------------------------------------------------------------------------------------
 
 
-def answer_itself(ollm, batch, collate):
-    """Returns a micro-batch with the student's own answers to its spoken questions (on-policy)."""
-    if "samples" not in batch:  # a rank without samples
-        return batch
-    answers = ollm.answer(batch["samples"], ("audio",), keep_end=True)["audio"]
-    return collate([{**sample, "answer": answer, "end": ""}
-                    for sample, answer in zip(batch["samples"], answers)])
+def draw_on_policy(config, step, ollm, micro_batches, collate):
+    """Returns a step's micro-batches and alpha, as they are or on-policy.
+
+    In a share --on-policy of the steps, the student's own answers to the spoken questions replace
+    the data's, and only the KL counts (alpha 1).
+    """
+    if random.Random(f"{config['seed']}/{step}").random() >= config["on_policy"]:
+        return micro_batches, config["alpha"]
+    own = []
+    for batch in micro_batches:
+        if "samples" in batch:  # a rank may have none
+            answers = ollm.answer(batch["samples"], ("audio",), keep_end=True)["audio"]
+            batch = collate([{**sample, "answer": answer, "end": ""}
+                             for sample, answer in zip(batch["samples"], answers)])
+        own.append(batch)
+    return own, 1.0
 
 
 def forward_backward(model, micro_batches, alpha, temperature, device, world_size):
@@ -256,65 +280,63 @@ def forward_backward(model, micro_batches, alpha, temperature, device, world_siz
     same, whatever its rank: sums are divided by the global number of answer tokens, and multiplied
     by world_size because DDP averages gradients over the ranks.
     """
-    micro_batches = [data.to(batch, device) for batch in micro_batches]
-    n_tokens, = all_sum([sum(map(data.answer_tokens, micro_batches))], device)
-    sums = [0.0, 0.0, 0.0]
+    micro_batches = [processes.to(batch, device) for batch in micro_batches]
+    n_tokens = sum(map(data.count_answer_tokens, micro_batches))
+    n_tokens, = processes.all_sum([n_tokens], device)
+
+    # Ranks exchange gradients once a step, with the last micro-batch.
+    sums = torch.zeros(3, dtype=torch.float64)  # loss, kl, ce
     for i, batch in enumerate(micro_batches):
-        # Ranks exchange gradients once a step, with the last micro-batch.
         is_last = i == len(micro_batches) - 1
         with contextlib.nullcontext() if is_last or world_size == 1 else model.no_sync():
             with half_precision(device):
                 terms = model(batch, alpha, temperature, n_tokens)
             (terms[0] * world_size).backward()
-        sums = [total + term.item() for total, term in zip(sums, terms)]
-    return all_sum(sums, device)
+        sums += torch.stack(terms).detach().cpu()
+    return processes.all_sum(sums.tolist(), device)
 
 
 def train_stage(args, config, out, rank, world_size, device):
     """Trains one stage for one epoch. Leaves a run in the folder `out`."""
     # Model and data
-    ollm, stage = start_model(config, device).place(device), config["stage"]
+    ollm = start_model(config, device).move_to(device)
     epoch = make_epoch(config, ollm, rank, world_size)
     n_steps = min(len(epoch), config["max_steps"] or len(epoch))
-
-    # Optimizer and checkpoint, which names its data and its start by SHA-256: folders may move.
     trained = {name: p for name, p in ollm.named_parameters() if p.requires_grad}
+
+    # Optimizer and checkpoint, which names its data and its start by SHA-256: folders may move
     optimizer_class = Muon if config["muon"] else torch.optim.AdamW
     optimizer = optimizer_class(trained.values(), betas=BETAS, weight_decay=0.0, fused=True)
-    content = {"data": epoch.samples.fingerprint(),
+    sources = {"data": epoch.samples.fingerprint(),
                "init": config["init"] and runs.fingerprint(config["init"])}
-    progress = Resumable(out, config | content, trained, optimizer, args.save_every, device)
+    progress = Resumable(out, config | sources, trained, optimizer, args.save_every, device)
+
+    # In vision-text, micro-batches without a picture leave the vision encoder unused
     model = ollm
     if world_size > 1:
-        # In vision-text, micro-batches without a picture leave the vision encoder unused.
-        model = DistributedDataParallel(ollm, find_unused_parameters=stage == "vision-text")
+        is_base = config["stage"] == "vision-text"
+        model = DistributedDataParallel(ollm, find_unused_parameters=is_base)
     if rank == 0:
-        purpose, minutes = PURPOSES[stage]
-        time_needed = f" (about {minutes} min on two CPU cores)" if args.preset == "shapes" else ""
-        print(f"\n{stage}: {purpose}{time_needed}.\n{len(epoch.samples)} samples in "
-              f"{len(epoch.order)} groups, {n_steps} steps on {world_size} x {device}, "
-              f"{sum(map(torch.numel, trained.values())):,} parameters trained")
+        print(f"{len(epoch.samples)} samples in {len(epoch.order)} groups, {n_steps} steps on "
+              f"{world_size} x {device}, {sum(map(torch.numel, trained.values())):,} parameters "
+              f"trained\nsettings: {json.dumps(config)}")
 
     for step, micro_batches in progress.steps(epoch, n_steps, args.workers):
         # 1. The learning rate, a function of the step alone
-        lr, alpha = learning_rate(step, len(epoch), config["lr"]), config["alpha"]
+        lr = learning_rate(step, len(epoch), config["lr"])
         for group in optimizer.param_groups:
             group["lr"] = lr
 
         # 2. The paired passes, forward and backward (on-policy: of the student's own answers)
-        if random.Random(f"{config['seed']}/{step}").random() < config["on_policy"]:
-            micro_batches = [answer_itself(ollm, batch, epoch.collate) for batch in micro_batches]
-            alpha = 1.0
+        micro_batches, alpha = draw_on_policy(config, step, ollm, micro_batches, epoch.collate)
         loss, kl, ce = forward_backward(model, micro_batches, alpha, config["temperature"], device,
                                         world_size)
 
         # 3. Clip and update, unless something is not a number
         grad_norm = torch.nn.utils.clip_grad_norm_(trained.values(), CLIP).item()
         if not math.isfinite(loss + grad_norm):
-            ids = ", ".join(str(epoch.samples.rows[i]["id"])
-                            for group in epoch.groups(step) for i in group)
             raise BadInput(f"step {step}: loss {loss}, gradient norm {grad_norm}; stopped before "
-                           f"the weights were touched; samples {ids}")
+                           f"the weights were touched; samples {epoch.ids(step)}")
         optimizer.step()
         optimizer.zero_grad()
 
@@ -322,8 +344,8 @@ def train_stage(args, config, out, rank, world_size, device):
         progress.after_step(step, loss=loss, kl=kl, ce=ce, lr=lr, grad_norm=grad_norm)
 
     if rank == 0:
-        ollm.save(out, config)
-        print(f"{stage}: finished in {time.time() - progress.started:.0f} s, the run is in {out}")
+        runs.save(ollm, out, config)
+        print(f"finished in {time.time() - progress.started:.0f} s, the run is in {out}")
     progress.finish()
 
 
@@ -332,37 +354,34 @@ def train_stage(args, config, out, rank, world_size, device):
 
 def main():
     args = parse_arguments()
-    rank, world_size, device = set_up_processes(args.device)
+    rank, world_size, device = processes.set_up_processes(args.device)
     print0 = print if rank == 0 else lambda *_: None
     if args.preset == "shapes":
-        print0("This is the built-in world: drawn pictures, synthetic speech, tiny models. The "
-               "paper's own run is:\n    torchrun --nproc_per_node 8 train.py "
-               "--preset internvl2-1b --alpha 0.75 --data FOLDER")
+        print0("This is the built-in world: drawn pictures, synthetic speech, tiny models.\nFor the "
+               "paper's own models: README.md, Reproduce the paper")
 
-    for stage in broadcast(stages_to_train(args)):
-        (config, out), started = configure(args, stage), time.time()
+    for stage in processes.broadcast(stages_to_train(args)):
+        config, out = configure(args, stage)
         with only_writer(out) if rank == 0 else contextlib.nullcontext():
-            if broadcast(runs.finished(out)):
+            if processes.broadcast(runs.finished(out)):
                 runs.check_same(out, config)
                 print0(f"{stage}: finished already, the run is in {out} (delete it to train again)")
                 continue
-            if rank == 0:
-                runs.note_if_cut(config["init"])
-                if args.preset == "shapes" and not (args.data and stage == args.stage):
-                    make_if_missing(config["data"][0], args.seed)
-            wait_for_all()
+            has_own_data = args.data and stage == args.stage
+            if rank == 0 and args.preset == "shapes" and not has_own_data:
+                make_if_missing(config["data"][0], args.seed)
+            processes.wait_for_all()
+            print0(f"\n{stage}: {STAGES[stage][1]}.")
             train_stage(args, config, out, rank, world_size, device)
-    seconds = time.time() - started
-    close_processes()
+    processes.close_processes()
 
     # A default run ends with the table, and with what to try next.
     is_default = not (args.out or args.data or args.init or args.max_steps)
     if args.preset == "shapes" and stage == "vision-audio" and is_default:
         if rank == 0:
-            run_script("eval.py", "--seed", args.seed)
-        took = f", about {seconds:.0f} s on this machine" if seconds > 1 else ""
-        print0(f"\nNext, the same start with another loss{took}:\n"
-               f"    torchrun train.py --alpha {0 if args.alpha else 0.75:g} --seed {args.seed}")
+            processes.run_script("eval.py", "--seed", args.seed)
+        print0("\nNext, the same start with another loss:\n    torchrun train.py --alpha "
+               f"{0 if args.alpha else 0.75:g} --seed {args.seed}")
     else:
         print0(f"\nThe result is in {out}. To look at it:\n    python eval.py {out}")
 

@@ -36,9 +36,9 @@ from tqdm import tqdm
 import data
 from data import IGNORE
 from model import OLLM
-from plumbing import runs, tables
+from plumbing import processes, runs, tables
 from plumbing.files import BadInput, readable_errors
-from real.families import prefix_positions
+from real.families import prefix_positions, turn_ids
 from world import shapes
 
 SPANS = ("system", "vision", "query", "turn", "response", "padding")
@@ -56,7 +56,7 @@ MEASURES = {"share": "share of attention (%)", "per token": "share of attention 
 def collate_with_answers(ollm, samples):
     """Returns a batch of samples and their answers, as in training, on the model's device."""
     batch = data.collate(samples, ollm.tokenizer, ollm.mel_extractor, ollm.settings)
-    return data.to(batch, ollm.lvlm.device)
+    return processes.to(batch, ollm.lvlm.device)
 
 
 def full_pass(ollm, batch, form):
@@ -80,7 +80,7 @@ def spans_of(ollm, batch, form):
     before = torch.where(is_image, VISION, SYSTEM)  # (B, prefix tokens)
 
     # Then come question, turn and answer; only the answer has labels.
-    turn = len(data.prompt_ids(ollm.tokenizer, ollm.settings, [0], [""])[2])
+    turn = len(turn_ids(ollm.tokenizer, ollm.settings))
     answer_at = (query["mask"] & (query["labels"] == IGNORE)).sum(1, keepdim=True)  # (B, 1)
     places = torch.arange(query["ids"].size(1), device=answer_at.device)[None]  # (1, query tokens)
     after = torch.where(places < answer_at, TURN, RESPONSE)  # (B, query tokens)

@@ -49,7 +49,7 @@ from analysis.plan import (SYSTEM_TOKENS, WHISPER_LARGE_V3, key_width, layer_flo
 from data import AUDIO_SLOT, IGNORE
 from loss import self_kd_loss
 from model import OLLM, half_precision
-from plumbing import tables
+from plumbing import processes, tables
 from plumbing.files import readable_errors
 from real.checkpoints import native_config
 from real.families import lvlm_settings
@@ -193,7 +193,7 @@ def build(size, share, device):
 
     ollm = OLLM(lvlm, tokenizer, settings, None, *audio_parts)
     ollm.train_only("vision-audio")
-    ollm.place(device)
+    ollm.move_to(device)
     trained = [p for p in ollm.parameters() if p.requires_grad]
     return ollm, torch.optim.AdamW(trained, lr=1e-5, fused=True)
 
@@ -229,7 +229,7 @@ def make_batch(ollm, tiles, args, audio_seconds):
                         "wave": 0.1 * wave})
     settings = {**ollm.settings, "audio_seconds": audio_seconds}
     batch = data.collate(samples, ollm.tokenizer, ollm.mel_extractor, settings)
-    return data.to(batch, ollm.lvlm.device)
+    return processes.to(batch, ollm.lvlm.device)
 
 
 # ---- arithmetic ----------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from benchmarks import endpoint
 from benchmarks.scorers import BENCHMARKS, image_of, prompt, read_tsv, score
-from data import pixels
+from data import picture_inputs
 from model import OLLM
 from plumbing import runs
 from plumbing.files import BadInput, at, only_writer, write_json_lines, write_text
@@ -103,7 +103,7 @@ def bench_sample(row, forms, settings, args):
         sample = {"where": row["where"], "image": image_of(row), "question": row["prompt"],
                   "answer": ""}
         if settings:
-            sample["pixels"] = pixels(sample["image"], settings)
+            sample["pixels"] = picture_inputs(sample["image"], settings)
         if "audio" in forms:
             sample |= {"wave": speech(row["aloud"], args), "after": row["after"]}  # (samples,)
         return sample

@@ -43,6 +43,15 @@ def set_up_processes(device=None):
     return rank, processes, torch.device(device)
 
 
+def to(batch, device):
+    """Returns a batch, a dict of tensors and such dicts, with all its tensors on the device."""
+    if isinstance(batch, dict):
+        return {key: to(value, device) for key, value in batch.items()}
+    if isinstance(batch, torch.Tensor):
+        return batch.to(device, non_blocking=True)
+    return batch
+
+
 def close_processes():
     """Ends the process group, if there is one."""
     if dist.is_initialized():

@@ -2,13 +2,15 @@
 
 import argparse
 import hashlib
+import json
 import os
 from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
+from safetensors.torch import save_file
 
-from plumbing.files import BadInput, at, read_json
+from plumbing.files import BadInput, at, read_json, written_folder
 
 
 # ---- one run -------------------------------------------------------------------------------------
@@ -43,6 +45,28 @@ def about(run):
         return {"settings": None, "base": None,
                 "training": {"stage": "vision-text", "alpha": 0.0, "seed": 0}}
     raise BadInput(f"{run}: not a finished run (it has no ollm.json)")
+
+
+def save(ollm, run, config):
+    """Writes a run folder: what was trained (safetensors), and how and on which base (JSON).
+
+    ollm: model.py's OLLM; config: of the training
+    """
+    with written_folder(run, last="ollm.json") as folder:
+        info = {"settings": ollm.settings, "base": None, "training": config}
+        if ollm.base is None:
+            ollm.lvlm.save_pretrained(folder)
+            ollm.tokenizer.save_pretrained(folder)
+        else:
+            is_folder = Path(ollm.base).is_dir()
+            info["base"] = os.path.relpath(ollm.base, run) if is_folder else str(ollm.base)
+            info["base_fingerprint"] = fingerprint(ollm.base)
+            trained = {name: tensor.contiguous() for name, tensor in ollm.state_dict().items()
+                       if not name.startswith("lvlm.")}
+            save_file(trained, folder / "model.safetensors", metadata={"format": "pt"})
+            ollm.audio_encoder.config.save_pretrained(folder)
+            ollm.mel_extractor.save_pretrained(folder)
+        (folder / "ollm.json").write_text(json.dumps(info, indent=1) + "\n")
 
 
 def base_of(run):
@@ -88,12 +112,6 @@ def place_for_answers(run):
     if finished(run):
         return Path(run)
     return Path("runs/asked") / str(run).strip("./").replace("/", "_")
-
-
-def note_if_cut(run):
-    """Says in one line if a stage starts from a run that --max-steps has ended early."""
-    if run is not None and finished(run) and about(run)["training"].get("max_steps"):
-        print(f"note: {run} was stopped after {about(run)['training']['max_steps']} steps")
 
 
 # ---- models --------------------------------------------------------------------------------------

@@ -238,7 +238,7 @@ def load_tokenizer(path, llm=None):
             return tokenizer
 
         chat, vocabulary = CHATS[llm.model_type], tokenizer.get_vocab()
-        written = chat["before"] + "".join(chat["image"]) + chat["after"] + chat["end"]
+        written = chat["before"] + "".join(chat["image"]) + chat["turn"] + chat["end"]
         missing = [mark for mark in sorted(set(re.findall(r"<[^<>\s]+>", written)))
                    if tokenizer(mark).input_ids != [vocabulary.get(mark)]]
         if missing or tokenizer.pad_token_id is None:

@@ -23,14 +23,14 @@ INTERNVL2 = {
                "英文名叫InternVL, 是一个有用无害的人工智能助手。"),
     "before": "<|im_start|>system\n{}<|im_end|><|im_start|>user\n",
     "image": ("<img>", "<IMG_CONTEXT>", "</img>\n"),
-    "after": "<|im_end|><|im_start|>assistant\n",
+    "turn": "<|im_end|><|im_start|>assistant\n",
     "end": "<|im_end|>"}
 QWEN2_VL = {
     "template": None,
     "system": "You are a helpful assistant.",
     "before": "<|im_start|>system\n{}<|im_end|>\n<|im_start|>user\n",
     "image": ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>"),
-    "after": "<|im_end|>\n<|im_start|>assistant\n",
+    "turn": "<|im_end|>\n<|im_start|>assistant\n",
     "end": "<|im_end|>"}
 CHATS = {  # "template" is what OpenGVLab's config.json calls a chat
     # InternVL2-1B, and the built-in world
@@ -41,7 +41,7 @@ CHATS = {  # "template" is what OpenGVLab's config.json calls a chat
     "phi3": INTERNVL2 | {
         "template": "phi3-chat",
         "before": "<s> <|system|>\n{}<|end|><|user|>\n",
-        "after": "<|end|><|assistant|>\n",
+        "turn": "<|end|><|assistant|>\n",
         "end": "<|end|>"},
     "qwen2_vl_text": QWEN2_VL,
     "qwen2_5_vl_text": QWEN2_VL,
@@ -66,6 +66,72 @@ def lvlm_settings(lvlm):
         return settings | {"image_size": 448, "min_tiles": 1, "tokens_per_tile": 256}
     return settings | {"image_size": vision.image_size[0],
                        "tokens_per_tile": lvlm.config.image_seq_length}
+
+
+def prompt_ids(tokenizer, settings, image_tokens, questions):
+    """Returns the LVLM's chat prompt as token ids in three parts: (prefixes, questions, turn).
+
+    A prefix is what stands before the question, the image included. The turn is what stands between
+    question and answer. Writing and speech fill the same slot between them. Each prompt is
+    tokenised whole and then cut, and it is checked that no token grew across a cut.
+    """
+    # The prompts as text.
+    chat = CHATS[settings["llm"]]
+    opening, mark, closing = chat["image"]
+    before, prompts = [], []
+    for n, question in zip(image_tokens, questions):
+        prefix = chat["before"].format(settings["system"])
+        if n:
+            prefix += opening + mark * n + closing
+        before.append(prefix)
+        prompts.append(prefix + question.strip() + chat["turn"])
+
+    # The same as ids, cut in three.
+    turn = turn_ids(tokenizer, settings)
+    prefix_ids = tokenizer(before).input_ids
+    question_ids = []
+    for prefix, ids, question in zip(prefix_ids, tokenizer(prompts).input_ids, questions):
+        if ids[: len(prefix)] != prefix or ids[-len(turn):] != turn:
+            raise BadInput(f"the tokenizer merges {question!r:.200} with what stands around it")
+        question_ids.append(ids[len(prefix): -len(turn)])
+    return prefix_ids, question_ids, turn
+
+
+def turn_ids(tokenizer, settings):
+    """Returns the ids of what stands between question and answer."""
+    return tokenizer(CHATS[settings["llm"]]["turn"]).input_ids
+
+
+def tile(image, max_tiles, size=448, thumbnail=True):
+    """Cuts a picture by InternVL2's dynamic tiling into at most `max_tiles` squares.
+
+    The grid is the one whose aspect ratio is nearest the picture's. Returns a list of size x size
+    PIL images, row by row; if there is more than one, a thumbnail of the whole comes last.
+    """
+    # Of two grids that are equally near, the larger wins if the picture has pixels enough for it.
+    width, height = image.size
+    best, columns, rows = float("inf"), 1, 1
+    for area in range(1, max_tiles + 1):
+        for c in range(1, area + 1):
+            if area % c:
+                continue
+            r = area // c
+            distance = abs(width / height - c / r)  # floats as in the original: ties depend on it
+            is_large = width * height > 0.5 * size * size * c * r
+            if distance < best or (distance == best and is_large):
+                best, columns, rows = distance, c, r
+
+    # The picture is stretched to the grid (bicubic): its aspect ratio is not kept.
+    whole = image.resize((size * columns, size * rows))
+    tiles = []
+    for r in range(rows):
+        for c in range(columns):
+            left, top = size * c, size * r
+            tiles.append(whole.crop((left, top, left + size, top + size)))
+
+    if thumbnail and len(tiles) > 1:
+        tiles.append(image.resize((size, size)))
+    return tiles
 
 
 def picture_patches(image, settings):
@@ -104,8 +170,9 @@ def prefix_positions(lvlm, ids, mask, pixels):
     return lvlm.model.get_rope_index(ids, is_image, grid, attention_mask=mask)
 
 
-def check_length(sample, n_tokens, n_image, settings, limit):
+def check_length(sample, n_tokens, n_image, settings, tokenizer):
     """Raises BadInput if a prompt of n_tokens, n_image of them the picture's, is over the limit."""
+    limit = tokenizer.model_max_length
     if n_tokens > limit:
         where = sample.get("where", "the question")
         tiles = (limit - n_tokens + n_image) // settings["tokens_per_tile"]

@@ -26,6 +26,7 @@ from transformers import (AutoConfig, AutoModelForImageTextToText, WhisperConfig
 import data
 from analysis.bench import to_float64
 from model import OLLM
+from plumbing import runs
 from world.models import build_audio_encoder, build_lvlm
 
 
@@ -99,9 +100,9 @@ def build_ollm(dtype=torch.float64, max_tiles=1):
 def save_runs(folder, name="audio", stage="audio-text", alpha=0.0):
     """Writes two runs with random weights, folder/base and one that listens, folder/name."""
     ollm = build_ollm(torch.float32)
-    ollm.save(folder / "base", {"stage": "vision-text", "alpha": 0.0, "seed": 0})
+    runs.save(ollm, folder / "base", {"stage": "vision-text", "alpha": 0.0, "seed": 0})
     ollm.base = folder / "base"
-    ollm.save(folder / name, {"stage": stage, "alpha": alpha, "seed": 0})
+    runs.save(ollm, folder / name, {"stage": stage, "alpha": alpha, "seed": 0})
     return folder
 
 

@@ -16,6 +16,7 @@ import data
 from analysis import attention, training
 from analysis.attention import PADDING, QUERY, RESPONSE, SPANS, SYSTEM, TURN, VISION
 from plumbing.files import BadInput
+from plumbing.runs import save as save_run
 
 FORMS = ("text", "audio")
 
@@ -101,7 +102,7 @@ def test_spans_partition_the_sequence(ollm, samples, form):
     for i, (row, span) in enumerate(zip(ids, spans)):
         lengths = torch.bincount(span, minlength=len(SPANS)).tolist()
         question = QUESTIONS[i].split()
-        query = len(question) if form == "text" else data.audio_tokens(samples[i]["wave"])
+        query = len(question) if form == "text" else data.count_audio_tokens(samples[i]["wave"])
         assert lengths[VISION] == 4 * len(samples[i]["pixels"]["pixel_values"])
         assert lengths[QUERY] == query
         assert words(row[span == TURN]) == ["<|im_end|>", "<|im_start|>", "assistant", "\n"]
@@ -139,13 +140,13 @@ def test_eager_sdpa_and_the_shared_prefix_agree(ollm, samples, form):
 def runs(tmp_path_factory, world):
     """A base and what listens for it: aligned, and Self-KD of two seeds. Weights are random."""
     folder, ollm = tmp_path_factory.mktemp("runs") / "runs/shapes", build_ollm(torch.float32)
-    ollm.save(folder / "vision-text-s0", {"stage": "vision-text", "alpha": 0.0, "seed": 0})
+    save_run(ollm, folder / "vision-text-s0", {"stage": "vision-text", "alpha": 0.0, "seed": 0})
     ollm.base = folder / "vision-text-s0"
     for name, stage, alpha, seed in (("audio-text-s0", "audio-text", 0.0, 0),
                                      ("vision-audio-a0.75-s0", "vision-audio", 0.75, 0),
                                      ("vision-audio-a0.75-s1", "vision-audio", 0.75, 1)):
         torch.nn.init.normal_(ollm.projector.weight, std=0.3 + seed)
-        ollm.save(folder / name, {"stage": stage, "alpha": alpha, "seed": seed})
+        save_run(ollm, folder / name, {"stage": stage, "alpha": alpha, "seed": seed})
     for seed in (0, 1):
         shutil.copytree(world / "test", folder / f"data-s{seed}/test")
     return folder.parent.parent

@@ -222,7 +222,7 @@ def test_format_suffixes_are_spoken_written_or_dropped(place, tmp_path):
     batch = data.collate([sample, {**sample, "after": ""}], ollm.tokenizer, ollm.mel_extractor,
                          ollm.settings, answers=False)
     with_rest, alone = batch["audio"]["ids"].tolist()
-    slots = [data.AUDIO_SLOT] * data.audio_tokens(waves[1])
+    slots = [data.AUDIO_SLOT] * data.count_audio_tokens(waves[1])
     rest = ollm.tokenizer("the circle").input_ids
     end = alone[alone.index(data.AUDIO_SLOT) + len(slots):]
     assert with_rest[with_rest.index(data.AUDIO_SLOT):] == slots + rest + end

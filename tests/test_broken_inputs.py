@@ -28,6 +28,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 
 from model import OLLM
+from plumbing import runs
 from plumbing.files import write_json_lines
 
 BAR = re.compile(r"\d+%\||\d+\w+ \[\d\d:\d\d")  # of tqdm
@@ -360,7 +361,7 @@ def test_checkpoints(place, most, monkeypatch):
 
     command = (*TRAIN, "--max-steps", 2, "--global-batch", 2, "--save-every", 1, "--out", "half")
     with monkeypatch.context() as patch:
-        patch.setattr(OLLM, "save", interrupt)
+        patch.setattr(runs, "save", interrupt)
         assert run_here(*command, cwd=place).returncode == 130
     path = place / "half/checkpoint.safetensors"
     whole, about = path.read_bytes(), json.loads(safe_open(path, "pt").metadata()["about"])

@@ -13,11 +13,12 @@ from conftest import build_ollm, run_here
 from PIL import Image
 
 import data
+from model import normalize
 from data import AUDIO_SLOT, IGNORE
 from plumbing.files import BadInput
 from plumbing.media import HELD_OUT_VOICES, speak
 from world import shapes
-from world.models import spread_positions
+from world.lessons import spread_positions
 
 SETTINGS = {"image_size": 64, "max_tiles": 1}
 
@@ -114,8 +115,8 @@ def test_tiles():
     image = Image.new("RGB", (896, 448))
     assert [t.size for t in data.tile(image, 6)] == [(448, 448)] * 3, "2 x 1 and a thumbnail"
     assert len(data.tile(image, 1)) == 1 and len(data.tile(image, 6, thumbnail=False)) == 2
-    red = data.pixels(Image.new("RGB", (4, 4), (255, 0, 0)), {"max_tiles": 1, "image_size": 4})
-    values = data.normalize(red["pixel_values"])
+    red = data.picture_inputs(Image.new("RGB", (4, 4), (255, 0, 0)), {"max_tiles": 1, "image_size": 4})
+    values = normalize(red["pixel_values"])
     torch.testing.assert_close(values[0, :, 0, 0],
                                torch.tensor([(1 - 0.485) / 0.229, -0.456 / 0.224, -0.406 / 0.225]))
 
@@ -140,9 +141,9 @@ def test_collate_puts_both_questions_into_one_slot(world):
         turn = f"<|im_end|><|im_start|>assistant\n{row['answer']}<|im_end|>"
         after = [ids.tolist()
                  for ids in (written[len(ollm.tokenizer(row["question"]).input_ids):],
-                             audio["ids"][b][audio["mask"][b]][data.audio_tokens(row["wave"]):])]
+                             audio["ids"][b][audio["mask"][b]][data.count_audio_tokens(row["wave"]):])]
         assert after[0] == after[1] == ollm.tokenizer(turn).input_ids
-        assert ((audio["ids"][b] == AUDIO_SLOT).sum() == data.audio_tokens(row["wave"])
+        assert ((audio["ids"][b] == AUDIO_SLOT).sum() == data.count_audio_tokens(row["wave"])
                 == batch["n_frames"][b] / 4)
         supervised = [s["labels"][b][s["labels"][b] != IGNORE] for s in (text, audio)]
         assert torch.equal(*supervised)
@@ -150,14 +151,13 @@ def test_collate_puts_both_questions_into_one_slot(world):
 
 
 def test_spread_positions_keep_their_order_and_leave_the_answer_whole():
-    positions = spread_positions(seed=0)
-    spread = [positions({"id": str(i)}, 6, 10) for i in range(300)]
+    spread = [spread_positions({"id": str(i)}, 6, 10, seed=0).tolist() for i in range(300)]
     assert (all(a < b for row in spread for a, b in zip(row, row[1:]))
             and all(len(row) == 10 for row in spread))
     assert all(row[6:] == list(range(row[6], row[6] + 4)) for row in spread)
     plain = sum(row == list(range(10)) for row in spread) / 300
     assert 0.3 < plain < 0.55 and 20 < max(row[6] for row in spread) <= 24
-    assert spread[7] == spread_positions(seed=0)({"id": "7"}, 6, 10), (
+    assert spread[7] == spread_positions({"id": "7"}, 6, 10, seed=0).tolist(), (
         "a function of seed and sample")
 
 

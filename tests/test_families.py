@@ -34,7 +34,7 @@ import train
 from analysis.bench import to_float64
 from data import IGNORE
 from loss import self_kd_loss
-from model import OLLM
+from model import OLLM, normalize
 from plumbing import runs
 from plumbing.files import BadInput
 from plumbing.media import speak
@@ -87,8 +87,7 @@ def test_greedy_answers_are_the_original_codes(original):
         for token in new:
             hidden, prefix = ollm.continue_prefix(prefix, query)
             assert ollm.lvlm.lm_head(hidden[0, -1]).argmax() == token
-            query = {"ids": torch.tensor([[token]]), "mask": torch.ones(1, 1, dtype=torch.bool),
-                     "positions": torch.zeros(1, 1, dtype=torch.long)}
+            query = {"ids": torch.tensor([[token]]), "mask": torch.ones(1, 1, dtype=torch.bool)}
         answer = ollm.tokenizer.decode(new[: new.index(end)] if end in new else new,
                                        skip_special_tokens=True)
         assert ollm.answer([sample], ("text",), max_new_tokens=12)["text"] == [answer.strip()]
@@ -109,7 +108,7 @@ def test_beyond_the_limit_is_refused_with_the_tiles_that_fit(original):
     sample = {"where": "it", "question": "What is this?", "answer": "A red panda."}
 
     def batch(max_tiles):
-        pixels = data.pixels(wide, ollm.settings | {"max_tiles": max_tiles})
+        pixels = data.picture_inputs(wide, ollm.settings | {"max_tiles": max_tiles})
         return data.collate([sample | {"pixels": pixels}], ollm.tokenizer, None, ollm.settings)
 
     with pytest.raises(BadInput, match=r"it: \d+ tokens, .* 512; --max-tiles (\d+) fits") as error:
@@ -157,7 +156,7 @@ def make_samples(ollm, pictures):
                   "wave": speak(QUESTIONS[i])[0][: 9000 + 777 * i]}
         if has_picture:
             image = Image.fromarray(rng.integers(0, 255, (*SIZES[i][::-1], 3), dtype=np.uint8))
-            sample["pixels"] = data.pixels(image, ollm.settings)
+            sample["pixels"] = data.picture_inputs(image, ollm.settings)
         samples.append(sample)
     return samples
 
@@ -168,7 +167,7 @@ def native_logits(ollm, batch, form):
     is_image = (ids == ollm.lvlm.config.image_token_id).int()
     pixels = dict(batch["pixels"] or {})
     if pixels and pixels["pixel_values"].dtype == torch.uint8:
-        pixels["pixel_values"] = data.normalize(pixels["pixel_values"]).double()
+        pixels["pixel_values"] = normalize(pixels["pixel_values"]).double()
     has_three = hasattr(ollm.lvlm.model, "get_rope_index")
     if has_three:
         ollm.lvlm.model.rope_deltas = None  # which it keeps from one call to the next
@@ -293,7 +292,7 @@ def test_prompts_have_the_original_tokenizers_ids(llm, tmp_path):
 
 def test_qwen2_vls_prompt_to_the_letter(tmp_path):
     ollm = OLLM.load(build_lvlm_folder("qwen2_vl", tmp_path))
-    pixels = data.pixels(Image.new("RGB", (64, 48)), ollm.settings | {"image_size": 56})
+    pixels = data.picture_inputs(Image.new("RGB", (64, 48)), ollm.settings | {"image_size": 56})
     sample = {"question": "What is this?", "answer": "A red panda.", "pixels": pixels}
     batch = data.collate([sample], ollm.tokenizer, None, ollm.settings)
     ids = batch["prefix"]["ids"][0].tolist() + batch["text"]["ids"][0].tolist()
@@ -312,7 +311,7 @@ def test_qwen2_vls_prompt_to_the_letter(tmp_path):
     ((3000, 200), 2, (10, 174)), ((448, 448), 1, (32, 32))])
 def test_a_whole_picture_has_the_area_of_its_tiles(size, most, grid):
     settings = {"image_size": 448, "min_tiles": 1, "max_tiles": most}
-    pixels = data.pixels(Image.new("RGB", size), settings)
+    pixels = data.picture_inputs(Image.new("RGB", size), settings)
     assert pixels["image_grid_thw"].tolist() == [[1, *grid]]
     assert pixels["pixel_values"].shape == (grid[0] * grid[1], 1176)
     assert pixels["pixel_values"].shape[0] <= most * 1024
@@ -320,7 +319,7 @@ def test_a_whole_picture_has_the_area_of_its_tiles(size, most, grid):
 
 def test_a_picture_that_is_too_long_is_one_line():
     with pytest.raises(BadInput, match="aspect ratio"):
-        data.pixels(Image.new("RGB", (2010, 10)), {"image_size": 56, "min_tiles": 1,
+        data.picture_inputs(Image.new("RGB", (2010, 10)), {"image_size": 56, "min_tiles": 1,
                                                    "max_tiles": 1})
 
 

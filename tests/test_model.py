@@ -1,5 +1,6 @@
 """The shared prefix, paired forward, listening, generation and runs on disk, against references."""
 
+import functools
 import json
 import os
 import shutil
@@ -15,10 +16,10 @@ import data
 from analysis import bench
 from data import IGNORE
 from loss import self_kd_loss
-from model import OLLM
+from model import OLLM, normalize
 from plumbing.files import BadInput
 from plumbing.media import speak
-from world.models import spread_positions
+from world.lessons import collate_shared
 
 QUESTIONS = ("what color is the circle", "is there a red star",
              "tell me what the picture shows", "count the things")
@@ -34,7 +35,7 @@ def make_samples(ollm, n=4, seed=0):
         image = Image.fromarray(rng.integers(0, 255, (*SIZES[i][::-1], 3), dtype=np.uint8))
         samples.append({
             "id": str(i), "question": QUESTIONS[i], "answer": ANSWERS[i],
-            "pixels": data.pixels(image, ollm.settings),
+            "pixels": data.picture_inputs(image, ollm.settings),
             "wave": speak(QUESTIONS[i])[0][: 9000 + 777 * i]})
     return samples
 
@@ -70,9 +71,11 @@ def test_questions_about_one_picture_share_a_row(world):
     scenes = ("000006", "000007", "000008")  # the second is text alone
     samples = [samples[i] for i in range(len(samples)) if samples.rows[i]["id"][:6] in scenes]
     apart = [{key: value for key, value in s.items() if key != "group"} for s in samples]
+    separately = functools.partial(data.collate, tokenizer=ollm.tokenizer, mel_extractor=None,
+                                   settings=ollm.settings)
     trained, results = [p for p in ollm.parameters() if p.requires_grad], []
     for rows in (samples, apart):
-        batch = collate(ollm, rows, positions=spread_positions(0))
+        batch = collate_shared(rows, separately, seed=0)
         results.append((len(batch["prefix"]["ids"]), ollm(batch, 0.0)[0]))
     (n_shared, shared), (n_apart, separate) = results
     assert (n_shared, n_apart) == (3, len(samples)) and len(samples) >= 12
@@ -165,10 +168,10 @@ def test_a_clip_sounds_the_same_in_any_company(samples):
 
     def hear(waves):
         mel, n_frames = data.mel_spectrograms(ollm.mel_extractor, waves)
-        return ollm.hear(mel.double(), n_frames)[0, : data.audio_tokens(wave)]
+        return ollm.hear(mel.double(), n_frames)[0, : data.count_audio_tokens(wave)]
 
     torch.testing.assert_close(hear([wave]), hear([wave, other]), rtol=1e-10, atol=1e-12)
-    assert (hear([wave]) - hear([other])[: data.audio_tokens(wave)]).abs().max() > 1e-3, (
+    assert (hear([wave]) - hear([other])[: data.count_audio_tokens(wave)]).abs().max() > 1e-3, (
         "the check can fail")
 
 
@@ -196,7 +199,7 @@ def test_greedy_generation_equals_the_native_model_s():
     ours = ollm.generate(ollm.encode_prefix(batch), batch["text"], max_new_tokens=10)[0]
     ids = torch.cat([batch["prefix"]["ids"], batch["text"]["ids"]], 1)
     new = ollm.lvlm.generate(input_ids=ids, attention_mask=torch.ones_like(ids),
-                             pixel_values=data.normalize(batch["pixels"]["pixel_values"]),
+                             pixel_values=normalize(batch["pixels"]["pixel_values"]),
                              max_new_tokens=10, do_sample=False,
                              pad_token_id=ollm.tokenizer.pad_token_id,
                              eos_token_id=ollm.tokenizer.eos_token_id)[0, ids.size(1):]

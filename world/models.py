@@ -3,8 +3,6 @@
 There is nothing to run here; `train.py` builds them.
 """
 
-import random
-
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from torch import nn
@@ -69,22 +67,3 @@ def build_audio_encoder():
                            encoder_attention_heads=4, encoder_ffn_dim=512,
                            max_source_positions=1500, init_std=0.04)
     return WhisperEncoder(config), WhisperFeatureExtractor(feature_size=40)
-
-
-def spread_positions(seed, most=4, share=0.6):
-    """Returns the `positions` of data.collate that spread most written questions out.
-
-    Speech takes two to four tokens a word. A tiny LLM that has met short questions alone fails on
-    long ones for that reason. So a share of the written questions is spread over up to `most` times
-    their length (in the manner of Ruoss et al., ACL 2023). Real LLMs have met long questions.
-    """
-    def positions(sample, n_question, n_all):
-        """0, 1, 2, ...; or the question spread in order, and the rest close behind it."""
-        rng = random.Random(f"{seed}/{sample['id']}")
-        if rng.random() >= share:
-            return list(range(n_all))
-        span = rng.randint(n_question, most * n_question)
-        question = sorted(rng.sample(range(span), n_question))
-        return question + list(range(span, span + n_all - n_question))
-
-    return positions

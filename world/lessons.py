@@ -1,0 +1,105 @@
+"""How the built-in base learns in minutes: lists first, shared rows, spread positions.
+
+The method needs none of this: real LVLMs come trained. Only the stage vision-text of the built-in
+world uses it, by `lessons` in train.py.
+
+    lists first       in phase 0 the base only lists what it sees; questions come in phase 1
+    shared rows       the questions about one picture share a row of the batch: the picture is read
+                      once, and the attention mask keeps the questions from seeing each other
+    spread positions  most questions get positions as far apart as those of speech
+
+There is nothing to run here. `python -m pytest tests/test_model.py -k share_a_row` compares shared
+rows with separate ones. Letters in shape comments: n samples, B rows, S tokens of a row.
+"""
+
+import functools
+import itertools
+import random
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from real.families import CHATS
+
+
+def lessons(rows, collate, seed):
+    """Returns the order in which the base learns, and a collate that shares rows.
+
+    rows     lines of samples.jsonl; "group" names the picture, "phase" is 0 or 1
+    collate  data.collate with its options, by functools.partial
+    The order is a list of lists of row numbers: a list holds all that is asked about one picture.
+    """
+    return order_lessons(rows, seed), functools.partial(collate_shared, collate=collate, seed=seed)
+
+
+def order_lessons(rows, seed):
+    """Returns the groups of row numbers: phase 0 before phase 1, in each shuffled by the seed."""
+    groups = {}
+    for i, row in enumerate(rows):
+        key = float(row.get("phase", 0)), row.get("group", i)
+        groups.setdefault(key, []).append(i)
+    keys = list(groups)
+    random.Random(seed).shuffle(keys)
+    keys.sort(key=lambda key: key[0])
+    return [groups[key] for key in keys]
+
+
+def collate_shared(samples, collate, seed):
+    """Makes a batch as `data.collate` does; neighbours of one group share a row.
+
+    Returns its batch with B rows for n samples. Its "text" also has "positions" and, where rows are
+    shared, "part": the number of the sample that a token belongs to, -1 for padding; (B, S) each.
+    """
+    # The first question of each row brings the picture.
+    groups = itertools.groupby(range(len(samples)), lambda i: samples[i].get("group", i))
+    rows = [list(group) for _, group in groups]
+    first = [row[0] for row in rows]
+    alone = []
+    for i, sample in enumerate(samples):
+        sample = dict(sample)
+        if i not in first:
+            sample.pop("pixels", None)
+        alone.append(sample)
+
+    # The rows of one sample each, without their padding, and what stands in each.
+    batch, tokenizer = collate(alone), collate.keywords["tokenizer"]
+    query = batch["text"]
+    lengths = query["mask"].sum(1).tolist()
+    n_turn = len(tokenizer(CHATS["qwen2"]["turn"]).input_ids)
+    positions, parts = [], []
+    for i, sample in enumerate(samples):
+        n_answer = int((query["labels"][i] >= 0).sum())
+        positions.append(spread_positions(sample, lengths[i] - n_answer - n_turn, lengths[i], seed))
+        parts.append(torch.full((lengths[i],), i))
+
+    def join(values, fill):
+        """Puts the values of each row's samples one after another: (B, S)."""
+        joined = []
+        for row in rows:
+            joined.append(torch.cat([values[i][: lengths[i]] for i in row]))
+        return pad_sequence(joined, batch_first=True, padding_value=fill)
+
+    batch["prefix"] = {key: value[first] for key, value in batch["prefix"].items()}
+    batch["text"] = {"ids": join(query["ids"], tokenizer.pad_token_id),
+                     "mask": join(query["mask"], False), "labels": join(query["labels"], -100),
+                     "positions": join(positions, 0)}
+    if len(rows) < len(samples):
+        batch["text"]["part"] = join(parts, -1)
+    return batch
+
+
+def spread_positions(sample, n_question, n_all, seed, most=4, share=0.6):
+    """Returns the positions (n_all,) of a question, the turn and the answer.
+
+    Speech takes two to four tokens a word. A tiny LLM that has met short questions alone fails on
+    long ones for that reason. So a share of the written questions is spread over up to `most` times
+    their length, in order, and the rest follows close behind (in the manner of Ruoss et al., ACL
+    2023). Real LLMs have met long questions.
+    """
+    rng = random.Random(f"{seed}/{sample['id']}")
+    if rng.random() >= share:
+        return torch.arange(n_all)
+    span = rng.randint(n_question, most * n_question)
+    question = sorted(rng.sample(range(span), n_question))
+    rest = range(span, span + n_all - n_question)
+    return torch.tensor([*question, *rest])
