@@ -99,7 +99,7 @@ def looking_positions(spans, looking):
 
 @contextlib.contextmanager
 def eager_attention(llm):
-    """Computes attention in the way that returns its weights and takes a mask of numbers."""
+    """Switches attention to the form that returns its weights and takes an additive mask."""
     usual = llm.config._attn_implementation
     llm.set_attn_implementation("eager")
     try:
@@ -170,9 +170,10 @@ def pick_questions(folder, settings, n, forms=("question", "audio")):
     """Returns (samples, indices) of the first n questions, those of like length side by side."""
     samples = data.Samples(folder, settings, forms)
     indices = [i for i, row in enumerate(samples.rows) if row.get("kind") in (None, *shapes.KINDS)]
-    if len(indices) < (n or 1):
+    least = n or 1
+    if len(indices) < least:
         raise BadInput(f"{folder}: has {len(indices)} questions of the kinds asked here, "
-                       f"fewer than {n or 1}")
+                       f"fewer than {least}")
     return samples, sorted(indices[:n], key=samples.length)
 
 
@@ -211,7 +212,9 @@ def measure_runs(args):
             base = runs.about(run)["base_fingerprint"]
             if bases.setdefault(seed, base) != base:
                 raise BadInput(f"{run}: has another base than the other runs of seed {seed}")
-            ollm, folder = OLLM.load(run).to(args.device).eval(), runs.questions_of(args, seed)
+            # In float32, also on a GPU: the differences to be seen are small.
+            ollm = OLLM.load(run).to(args.device).eval()
+            folder = runs.questions_of(args, seed)
 
             # The LLM is frozen: all runs on a base read alike.
             if seed not in results["text"]:
@@ -271,11 +274,12 @@ def draw_attention(results, key, path):
     """Draws a row of panels for what the query looks at, and one for the response."""
     panels = {}
     for title, (f, s) in PANELS.items():
-        panel = panels[title.replace(" to ", " \N{RIGHTWARDS ARROW} ")] = []
+        panel = []
         for name, by_seed in results.items():
             curves = [result[key][:, f, s] for result in by_seed.values()]  # a seed each, (L,)
             label = name if name == "text" else f"{name}, audio"
             panel.append((label, *tables.over_seeds(curves)))
+        panels[title.replace(" to ", " \N{RIGHTWARDS ARROW} ")] = panel
     tables.plot_curves(panels, "layer", MEASURES[key], path, rows=len(LOOKING))
 
 

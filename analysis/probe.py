@@ -231,7 +231,7 @@ def probe(run, seed, args):
     {"lens": {line: (L,)}, "knockout": {"cut, form": (windows,)}, "table": {line: number},
     "items": number}
     """
-    ollm = OLLM.load(run).to(args.device).eval()
+    ollm = OLLM.load(run).to(args.device).eval()  # in float32, also on a GPU
     layers = len(ollm.lvlm.model.language_model.layers)
     if args.window > layers:
         raise BadInput(f"--window {args.window}: the LLM has {layers} layers")

@@ -20,7 +20,7 @@ MOST = 50  # steps in a running mean
 
 
 def read_log(run):
-    """Returns the numbers of each training step as a tensor (steps, panels); NaN is not measured."""
+    """Returns each training step's numbers as a tensor (steps, panels); NaN is not measured."""
     rows = []
     for place, line in json_lines(Path(run) / "log.jsonl"):
         with at(place):
