@@ -264,9 +264,10 @@ def write_numbers(results, path):
         for key in MEASURES:
             columns += tables.over_seeds(result[key] for result in by_seed.values())
         numbers = torch.stack(columns, dim=-1)[:, :, :PADDING]  # (L, F, S - 1, 4)
-        about = (name, " ".join(map(str, sorted(by_seed))), next(iter(by_seed.values()))["items"])
+        items = next(iter(by_seed.values()))["items"]
+        run = (name, " ".join(map(str, sorted(by_seed))), items)
         for layer, f, s in itertools.product(*map(range, numbers.shape[:3])):
-            rows.append([*about, LOOKING[f], SPANS[s], layer + 1, *numbers[layer, f, s].tolist()])
+            rows.append([*run, LOOKING[f], SPANS[s], layer + 1, *numbers[layer, f, s].tolist()])
     tables.write_csv(path, header, rows)
 
 
