@@ -31,8 +31,8 @@ import torch
 
 from plumbing.files import BadInput, at, readable_errors
 from plumbing.media import SAMPLE_RATE, load_audio, load_image
+from plumbing.prepared import add_commands, read_samples
 from plumbing.processes import end_with_parent
-from plumbing.samples import add_commands, read_samples
 from real import corpora
 from real.families import CHATS, check_length, count_image_tokens, picture_patches
 from world import make as world

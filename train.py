@@ -33,9 +33,9 @@ from model import OLLM, half_precision
 from plumbing import runs
 from plumbing.checkpoint import Resumable
 from plumbing.files import BadInput, only_writer, readable_errors
+from plumbing.prepared import how_asked
 from plumbing.processes import (all_sum, broadcast, close_processes, run_script, set_up_processes,
                                 wait_for_all)
-from plumbing.samples import how_asked
 from real.checkpoints import load_audio_encoder
 from real.families import BASES
 from world.make import make_if_missing

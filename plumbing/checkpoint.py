@@ -19,8 +19,14 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from plumbing.files import BadInput, at, written_whole
-from plumbing.processes import (all_sum, ignore_interrupts, is_main, noted_signals, wait_for_all,
-                                world_size)
+from plumbing.processes import (
+    all_sum,
+    ignore_interrupts,
+    is_main,
+    noted_signals,
+    wait_for_all,
+    world_size,
+)
 from plumbing.runs import differences
 
 # What AdamW and Muon (world/muon.py) remember of a parameter.

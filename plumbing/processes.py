@@ -20,12 +20,17 @@ PARENT = "SELF_KD_PARENT"  # environment variable: the process that a script is 
 # ---- torchrun's processes ------------------------------------------------------------------------
 
 
+def default_device():
+    """Returns "cuda" if there is a GPU, else "cpu"."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def set_up_processes(device=None):
     """Returns (rank, world_size, torch.device) from torchrun's environment, or of one process."""
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with(os.getppid())
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or default_device()
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if device == "cpu":  # where it costs nothing: the same command gives the same bytes

@@ -5,11 +5,10 @@ import hashlib
 import os
 from pathlib import Path
 
-import torch
 from huggingface_hub import snapshot_download
 
 from plumbing.files import BadInput, at, read_json
-
+from plumbing.processes import default_device
 
 # ---- one run -------------------------------------------------------------------------------------
 
@@ -159,7 +158,7 @@ def arguments(description):
     add("--n", type=int, help="take only the first so many questions")
     add("--out", default="runs/report", help="folder for tables and pictures")
     add("--device", choices=["cpu", "cuda", "mps"], help="default: cuda if there is one",
-        default="cuda" if torch.cuda.is_available() else "cpu")
+        default=default_device())
     return parser
 
 

@@ -17,9 +17,16 @@ import re
 import torch
 import transformers
 from safetensors import safe_open
-from transformers import (AutoConfig, AutoModelForImageTextToText, AutoTokenizer, InternVLConfig,
-                          PreTrainedTokenizerFast, Qwen2Tokenizer, WhisperConfig,
-                          WhisperFeatureExtractor)
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    InternVLConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Tokenizer,
+    WhisperConfig,
+    WhisperFeatureExtractor,
+)
 from transformers.initialization import no_init_weights
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
