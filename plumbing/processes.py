@@ -38,13 +38,7 @@ def set_up_processes(device=None):
         torch.utils.deterministic.fill_uninitialized_memory = False
 
     if processes > 1:
-        store, *_ = next(dist.rendezvous("env://", rank, processes))
-        # torchrun --max-restarts gives new processes the store of the dead ones, which still holds
-        # their addresses (PyTorch issue 135712). For several nodes, see docs/reliability.md.
-        if os.environ.get("GROUP_WORLD_SIZE") == "1":
-            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
-        backend = "nccl" if device == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=processes)
+        dist.init_process_group("nccl" if device == "cuda" else "gloo")
     return rank, processes, torch.device(device)
 
 
@@ -105,7 +99,7 @@ def end_with_parent():
 
 
 def end_with(parent):
-    """Ends this process soon after the process `parent`, which cannot do so once it is killed."""
+    """Ends this process within half a second of `parent`, which cannot when it is killed itself."""
     def watch():
         while os.getppid() == parent:
             time.sleep(0.5)
@@ -126,7 +120,7 @@ def workers():
 
 
 def start_worker(parent):
-    """Begins a pool's process: it ends with its parent, and only with it."""
+    """Starts a worker of the pool; it ends when its parent does, and ignores Ctrl-C."""
     end_with(parent)
     ignore_interrupts()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
