@@ -29,13 +29,13 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from plumbing import prepared
 from plumbing.files import BadInput, at, readable_errors
 from plumbing.media import SAMPLE_RATE, load_audio, load_image, speak  # noqa: F401 (data.speak)
 from plumbing.processes import end_with_parent
-from plumbing.samples import add_commands, read_samples
 from real import corpora, families
 from real.families import CHATS, tile
-from world import make as world
+from world import make
 
 TOKEN_SAMPLES = 640  # waveform samples an audio token: 10 ms hop x 2 (convolution) x 2 (pooling)
 IGNORE = -100  # the label of a token that is not supervised, as everywhere in torch
@@ -58,7 +58,7 @@ class Samples(torch.utils.data.Dataset):
             folders = [folders]
         self.settings = settings
         self.folders = [Path(folder) for folder in folders]
-        self.rows = [row for folder in self.folders for row in read_samples(folder)]
+        self.rows = [row for folder in self.folders for row in prepared.read_samples(folder)]
         self.last_picture = None, None  # its path and inputs: neighbours often ask about the same
 
 
@@ -223,9 +223,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    world.add_command(commands)
+    make.add_command(commands)
     corpora.add_commands(commands)
-    add_commands(commands)
+    prepared.add_commands(commands)
     args = parser.parse_args()
     end_with_parent()
     args.run(args)

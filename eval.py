@@ -29,7 +29,7 @@ from model import OLLM
 from plumbing import runs
 from plumbing.files import BadInput, at, readable_errors, write_json_lines
 from plumbing.media import MAX_SECONDS, speak
-from plumbing.samples import how_asked
+from plumbing.prepared import how_asked
 from plumbing.tables import print_summaries, seed_interval
 from world import shapes
 

@@ -31,10 +31,10 @@ from collections import Counter
 from pathlib import Path
 
 import eval
-from plumbing import runs
+from plumbing import prepared, runs
 from plumbing.files import BadInput, at, read_json, readable_errors
 from plumbing.media import HELD_OUT_VOICES, load_image, save_png
-from real import corpora
+from real import speech
 from world import shapes
 
 QUESTION = 'Which of the following two sentences correctly describes the image? "{}" or "{}"'
@@ -120,8 +120,8 @@ def aro_row(row, kind):
         raise BadInput(f"the relation is symmetric: {relation}")
     if a in b or b in a:
         raise BadInput("one sentence contains the other")
-    if len(QUESTION.format(true, false)) > corpora.LONGEST_QUESTION:
-        raise BadInput(f"the question has more than {corpora.LONGEST_QUESTION} characters")
+    if len(QUESTION.format(true, false)) > speech.LONGEST_QUESTION:
+        raise BadInput(f"the question has more than {speech.LONGEST_QUESTION} characters")
     if min(box[2:]) < 1:
         raise BadInput("the box has no area")
     return image, box, true, false
@@ -146,7 +146,7 @@ def usable_rows(path, kind):
 
 def crop(images, name, box):
     """Returns a picture's part in the box, but nothing beyond its border (ARO has black there)."""
-    corpora.check_inside(images, name)
+    prepared.check_inside(images, name)
     try:
         image = load_image(images / name)
     except BadInput as error:
@@ -174,7 +174,7 @@ def pick_rows(path, kind, images, folder, n, seed, tts="espeak"):
         (image, box, true, false), name = row, rows[row]
         try:
             if tts == "mms":
-                corpora.in_words(QUESTION.format(true, false))
+                speech.in_words(QUESTION.format(true, false))
             save_png(folder / f"images/{name}.png", crop(images, image, box))
         except BadInput as error:
             skipped.append({"id": name, "skipped": str(error)})
@@ -201,11 +201,11 @@ def build(args):
     relations, skipped = pick_rows(args.relation, "relation", *draw)
     attributes, also_skipped = pick_rows(args.attribution, "attribute", *draw)
     lines = [line for pair in zip(relations, attributes) for line in pair]
-    lines = corpora.speak_all(lines, folder, args, HELD_OUT_VOICES)
+    lines = speech.speak_all(lines, folder, args, HELD_OUT_VOICES)
     for line in lines:
         if "skipped" in line:  # with one question less, the halves would not be equal any more
             raise BadInput(f"{line['id']} cannot be spoken: {line['skipped']}")
-    corpora.write(folder, [*lines, *skipped, *also_skipped])
+    prepared.write(folder, [*lines, *skipped, *also_skipped])
 
 
 def build_arguments(arguments):
@@ -219,11 +219,11 @@ def build_arguments(arguments):
     add("--seed", type=int, default=0, help="of the draw and the voices")
     add("--n", type=int, default=300, help="questions of each kind, an even number")
     add("--run", help="a run: who spoke in its training speaks here (--tts, --voice override)")
-    corpora.add_voice_arguments(add, None)
+    speech.add_voice_arguments(add, None)
     args = parser.parse_args(arguments)
     settings = runs.about(args.run)["settings"] or {} if args.run else {}
     args.tts = args.tts or settings.get("tts", "espeak")
-    args.voice = args.voice or settings.get("voice") or corpora.MMS_VOICE
+    args.voice = args.voice or settings.get("voice") or speech.MMS_VOICE
     del args.run  # the folder tells the voice
     if args.n % 2:
         parser.error(f"--n must be even: the true sentence stands first in half, not {args.n}")
@@ -233,7 +233,7 @@ def build_arguments(arguments):
 def main():
     if sys.argv[1:2] == ["build"]:
         args = build_arguments(sys.argv[2:])
-        corpora.prepare(args, build)
+        prepared.prepare(args, build)
     else:
         args = eval.arguments(__doc__).parse_args()
         more = answer_rates if args.data else None

@@ -70,7 +70,7 @@ class OLLM(nn.Module):
         max_tiles            most tiles of a picture, thumbnail aside
         min_tiles            least area in tiles, of a Qwen2-VL, which takes a picture whole
         audio_seconds        speech is padded to so many; without it, to its own length
-        suffix, tts, voice   how the training's questions were spoken: plumbing/samples.py
+        suffix, tts, voice   how the training's questions were spoken: plumbing/prepared.py
     """
 
     def __init__(self, lvlm, tokenizer, settings, base=None, audio_encoder=None,

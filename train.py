@@ -34,7 +34,7 @@ from model import OLLM, half_precision
 from plumbing import processes, runs
 from plumbing.checkpoint import Resumable
 from plumbing.files import BadInput, only_writer, readable_errors
-from plumbing.samples import how_asked
+from plumbing.prepared import how_asked
 from real.checkpoints import load_audio_encoder
 from real.families import BASES
 from world.lessons import lessons

@@ -29,9 +29,9 @@ from plumbing import runs
 from plumbing.files import BadInput, at, only_writer, write_json_lines, write_text
 from plumbing.media import MAX_SECONDS, SAMPLE_RATE, VOICES, load_audio, save_sound, speak
 from plumbing.tables import COLORS, blank_figure, paired_bootstrap, print_summaries, save_figure
-from real import corpora
+from real.speech import MMS_VOICE, speak_mms
 
-DEFAULT_VOICES = {"espeak": VOICES[0], "mms": corpora.MMS_VOICE}
+DEFAULT_VOICES = {"espeak": VOICES[0], "mms": MMS_VOICE}
 SPEEDS = (175, 260, 350, 450)  # words a minute: long questions are spoken faster
 VLMEVALKIT_TILES = {"ChartQA_TEST": 12, "DocVQA_VAL": 18, "InfoVQA_VAL": 24}  # others 6 (July 2024)
 QWEN2_VL_TILES = {"min_tiles": 5, "max_tiles": 64}  # pixels of a picture, in all seven
@@ -136,7 +136,7 @@ def speech(text, args):
     return load_audio(path)
 
 
-def speak_mms(rows, args):
+def speak_rows(rows, args):
     """Speaks the rows with an MMS voice, as in training, into --speech.
 
     What that voice cannot say, `speech` has espeak-ng say: a benchmark is asked as a whole.
@@ -146,7 +146,7 @@ def speak_mms(rows, args):
         path = speech_path(row["aloud"], args)
         lines[path.stem] = {"id": path.stem, "question": row["aloud"], "audio": path.name}
     folder = Path(args.speech)
-    spoken = corpora.speak_mms(list(lines.values()), folder, seed=0, path=args.voice)
+    spoken = speak_mms(list(lines.values()), folder, seed=0, path=args.voice)
     skipped = sum("skipped" in line for line in tqdm(spoken, total=len(lines), desc="speech"))
     if skipped:
         print(f"{skipped} of {len(lines)} questions are said by espeak-ng, as MMS cannot")
@@ -259,7 +259,7 @@ def score_subject(subject, files, args):
 
         rows = bench_rows(file, args.n, suffix, (settings or {}).get("llm", "qwen2"))
         if args.tts == "mms" and "audio" in subject["forms"]:
-            speak_mms(rows, args)
+            speak_rows(rows, args)
         path = subject["folder"] / f"predictions/{name}.jsonl"
         with only_writer(path.parent):
             predictions = predict(subject, settings, rows, path, args)

@@ -19,12 +19,16 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from plumbing.files import BadInput, at, written_whole
-from plumbing.processes import (all_sum, ignore_interrupts, is_main, noted_signals, wait_for_all,
-                                world_size)
+from plumbing.processes import (
+    all_sum,
+    ignore_interrupts,
+    is_main,
+    noted_signals,
+    wait_for_all,
+    world_size,
+)
 from plumbing.runs import differences
 
-# What AdamW and Muon (world/muon.py) remember of a parameter.
-MOMENTS = ("step", "exp_avg", "exp_avg_sq"), ("momentum",)
 FREE = ("max_steps", "micro_batch")  # may differ when a stopped run goes on
 
 
@@ -41,10 +45,7 @@ class Resumable:
         self.out, self.config, self.trained, self.optimizer = out, config, trained, optimizer
         self.save_every, self.device, self.save_seconds = save_every, device, 0.0
         self.path = out / "checkpoint.safetensors"
-        self.first = self.load() if self.path.exists() else 0
-        if all_sum([self.first], device) != [self.first * world_size()]:
-            raise BadInput(f"{out}: not all processes find the same checkpoint; all machines must "
-                           "share the folder")
+        self.first = self.read()
         if is_main():
             self.log = open_log(out / "log.jsonl", self.first)
             if self.first:
@@ -56,32 +57,41 @@ class Resumable:
         for name, p in self.trained.items():
             moments = self.optimizer.state[p]
             tensors |= {f"{moment}.{name}": tensor for moment, tensor in moments.items()}
-        about, started = json.dumps({"step": step, "config": self.config}), time.time()
+        started = time.time()
+        info = json.dumps({"step": step, "config": self.config, "tensors": [*tensors]})
         with at(f"{self.path}: could not be saved, an earlier one is kept"):
             with written_whole(self.path, sync=True) as temporary:
-                save_file(tensors, temporary, metadata={"about": about})
-        if self.save_seconds < 20 <= time.time() - started:
-            print("note: a checkpoint takes over 20 s to write; torchrun kills its processes 30 s "
-                  "after Ctrl-C (docs/reliability.md)")
+                save_file(tensors, temporary, metadata={"about": info})
         self.save_seconds = max(self.save_seconds, time.time() - started)
+
+    def read(self):
+        """Returns how many steps the checkpoint has taken; 0 without one."""
+        first = self.load() if self.path.exists() else 0
+        if all_sum([first], self.device) != [first * world_size()]:
+            raise BadInput(f"{self.out}: not all processes find the same checkpoint; all machines "
+                           "must share the folder")
+        return first
 
     def load(self):
         """Puts the checkpoint's weights and moments back; returns how many steps were taken."""
         with at(f"{self.path}: cannot be used; delete it, or choose another --out"):
             with safe_open(self.path, framework="pt") as file:
-                about = json.loads(file.metadata()["about"])
-                other = differences(about["config"], self.config, FREE)
+                info = json.loads(file.metadata()["about"])
+                other = differences(info["config"], self.config, FREE)
                 if other:
                     raise BadInput(f"it belongs to another training ({other})")
-                saved = set(file.keys())
+                if set(info["tensors"]) != set(file.keys()):
+                    raise BadInput("its tensors are not those that were saved")
+
+                # Every weight must be there. A parameter that no step has moved has no moments.
                 for name, p in self.trained.items():
                     p.data.copy_(file.get_tensor(f"weight.{name}"))
-                    for moments in MOMENTS:
-                        if f"{moments[0]}.{name}" in saved:
-                            self.optimizer.state[p] = {
-                                moment: file.get_tensor(f"{moment}.{name}").to(p.device)
-                                for moment in moments}
-                return int(about["step"])
+                for key in file.keys():
+                    kind, _, name = key.partition(".")
+                    if kind != "weight":
+                        p = self.trained[name]
+                        self.optimizer.state[p][kind] = file.get_tensor(key).to(p.device)
+                return int(info["step"])
 
     def steps(self, epoch, n_steps, workers):
         """Yields (step, micro_batches) for each step not taken yet, with a bar."""

@@ -175,26 +175,3 @@ def only_writer(folder, patience=120):
         yield
     finally:
         lock.release()
-
-
-def make_once(folder, settings, make):
-    """Calls make() as the folder's only writer, unless it is finished already.
-
-    settings: a dict, kept as settings.json; a folder in which other settings made files is refused
-    """
-    folder = Path(folder)
-    with only_writer(folder):
-        note = folder / "settings.json"
-        there = read_json(note) if note.exists() else settings
-        other = [f"{key} {there.get(key)}, not {settings.get(key)}"
-                 for key in {**there, **settings} if there.get(key) != settings.get(key)]
-        if other and [*folder.glob("*/*"), *folder.glob("samples.jsonl")]:
-            raise BadInput(f"{note}: the folder was made with {', '.join(other)}: "
-                           "choose another --out, or delete it")
-        write_text(note, json.dumps(settings) + "\n")
-        if (folder / "samples.jsonl").exists():
-            return print(f"{folder}: there already")
-
-        for name in ("images", "audio"):
-            (folder / name).mkdir(exist_ok=True)
-        make()

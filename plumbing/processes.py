@@ -20,12 +20,17 @@ PARENT = "SELF_KD_PARENT"  # environment variable: the process that a script is 
 # ---- torchrun's processes ------------------------------------------------------------------------
 
 
+def default_device():
+    """Returns "cuda" if there is a GPU, else "cpu"."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def set_up_processes(device=None):
     """Returns (rank, world_size, torch.device) from torchrun's environment, or of one process."""
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with(os.getppid())
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or default_device()
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if device == "cpu":  # where it costs nothing: the same command gives the same bytes
@@ -33,13 +38,7 @@ def set_up_processes(device=None):
         torch.utils.deterministic.fill_uninitialized_memory = False
 
     if processes > 1:
-        store, *_ = next(dist.rendezvous("env://", rank, processes))
-        # torchrun --max-restarts gives new processes the store of the dead ones, which still holds
-        # their addresses (PyTorch issue 135712). For several nodes, see docs/reliability.md.
-        if os.environ.get("GROUP_WORLD_SIZE") == "1":
-            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
-        backend = "nccl" if device == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=processes)
+        dist.init_process_group("nccl" if device == "cuda" else "gloo")
     return rank, processes, torch.device(device)
 
 
@@ -109,7 +108,7 @@ def end_with_parent():
 
 
 def end_with(parent):
-    """Ends this process soon after the process `parent`, which cannot do so once it is killed."""
+    """Ends this process within half a second of `parent`, which cannot when it is killed itself."""
     def watch():
         while os.getppid() == parent:
             time.sleep(0.5)
@@ -130,7 +129,7 @@ def workers():
 
 
 def start_worker(parent):
-    """Begins a pool's process: it ends with its parent, and only with it."""
+    """Starts a worker of the pool; it ends when its parent does, and ignores Ctrl-C."""
     end_with(parent)
     ignore_interrupts()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

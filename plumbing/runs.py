@@ -6,12 +6,11 @@ import json
 import os
 from pathlib import Path
 
-import torch
 from huggingface_hub import snapshot_download
 from safetensors.torch import save_file
 
 from plumbing.files import BadInput, at, read_json, written_folder
-
+from plumbing.processes import default_device
 
 # ---- one run -------------------------------------------------------------------------------------
 
@@ -177,7 +176,7 @@ def arguments(description):
     add("--n", type=int, help="take only the first so many questions")
     add("--out", default="runs/report", help="folder for tables and pictures")
     add("--device", choices=["cpu", "cuda", "mps"], help="default: cuda if there is one",
-        default="cuda" if torch.cuda.is_available() else "cpu")
+        default=default_device())
     return parser
 
 

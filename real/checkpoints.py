@@ -17,14 +17,21 @@ import re
 import torch
 import transformers
 from safetensors import safe_open
-from transformers import (AutoConfig, AutoModelForImageTextToText, AutoTokenizer, InternVLConfig,
-                          PreTrainedTokenizerFast, Qwen2Tokenizer, WhisperConfig,
-                          WhisperFeatureExtractor)
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    InternVLConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Tokenizer,
+    WhisperConfig,
+    WhisperFeatureExtractor,
+)
 from transformers.initialization import no_init_weights
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from plumbing.files import BadInput, at, read_json
-from plumbing.runs import differences, fetch
+from plumbing.runs import fetch
 from real.families import CHATS
 
 transformers.utils.logging.disable_progress_bar()  # our own bars show what takes long
@@ -83,29 +90,20 @@ def stored_tensors(folder):
                 yield key, file.get_tensor(key)
 
 
-def load_weights(module, tensors):
-    """Copies (name, tensor) pairs into a module. Raises BadInput if a name or a shape is off."""
-    own = module.state_dict()
-    loaded, unknown = set(), []
-    with torch.no_grad():
-        for key, tensor in tensors:
-            if key not in own:
-                unknown.append(key)
-                continue
-            if tensor.shape != own[key].shape:  # copy_ would broadcast
-                raise BadInput(f"{key} has the shape {tuple(tensor.shape)}, "
-                               f"not {tuple(own[key].shape)}")
-            # A head that is tied to the embeddings is one tensor with two names.
-            place = own[key].data_ptr()
-            if place in loaded and not torch.equal(own[key], tensor.to(own[key])):
-                raise BadInput(f"{key} is stored, but tied to another tensor")
-            own[key].copy_(tensor)
-            loaded.add(place)
+def load_weights(lvlm, tensors):
+    """Loads (name, tensor) pairs, whose memory is the mapped file's. Raises if any does not fit."""
+    state = {}
+    for name, tensor in tensors:
+        if name in state:
+            raise BadInput(f"{name} is stored twice")
+        state[name] = tensor
 
-    missing = [key for key in own if own[key].data_ptr() not in loaded]
-    if missing or unknown:
-        raise BadInput(f"the weights do not fit: {len(missing)} missing {sorted(missing)[:3]}, "
-                       f"{len(unknown)} unknown {sorted(unknown)[:3]}")
+    # A head that is tied to the embeddings is one tensor with two names.
+    if lvlm.lm_head.weight is lvlm.get_input_embeddings().weight:
+        embeddings = state["model.language_model.embed_tokens.weight"]
+        if not torch.equal(state.setdefault("lm_head.weight", embeddings), embeddings):
+            raise BadInput("lm_head is stored, but tied to the embeddings")
+    lvlm.load_state_dict(state)
 
 
 # ---- LVLMs ---------------------------------------------------------------------------------------
@@ -117,8 +115,8 @@ def load_lvlm(path, image_token_id=None, dtype=None, device="cpu"):
     InternVL's layout may be OpenGVLab's original one or transformers' own.
     image_token_id: of <IMG_CONTEXT>; None is what the tokenizer says (original layout only)
     dtype: of the parameters; None is bfloat16 on a GPU, float32 elsewhere
-    Each tensor goes to the device as it is stored. Memory for all in float32 would not do: there
-    may be 8 billion, and as many processes. Buffers are not rounded: angles of far positions
+    Tensors go to the device one by one, as they are stored. Memory for all in float32 would not do:
+    there may be 8 billion, and as many processes. Buffers are not rounded: angles of far positions
     would be wrong.
     """
     if dtype is None:
@@ -260,10 +258,10 @@ def load_audio_encoder(path):
     """Returns (encoder, feature extractor) of a Whisper of any size; its decoder is left out."""
     encoder, extractor = empty_audio_encoder(path)
     start = "model.encoder."
-    tensors = ((name.removeprefix(start), tensor) for name, tensor in stored_tensors(fetch(path))
-               if name.startswith(start))
+    state = {name.removeprefix(start): tensor for name, tensor in stored_tensors(fetch(path))
+             if name.startswith(start)}
     with at(path):
-        load_weights(encoder, tensors)
+        encoder.load_state_dict(state)
     return encoder, extractor
 
 
@@ -279,11 +277,10 @@ def empty_audio_encoder(path):
     # All Whispers have the same front end, but for the number of mel bins.
     extractor = WhisperFeatureExtractor(feature_size=encoder.config.num_mel_bins)
     path = folder / "preprocessor_config.json"
-    own = {key: getattr(extractor, key) for key in ("feature_size", "sampling_rate", "hop_length",
-                                                    "n_fft")}
     with at(path):
-        there = read_json(path)
-        other = differences({key: there[key] for key in own}, own)
-        if other:
-            raise BadInput(f"not Whisper's: {other}")
+        stored = read_json(path)
+        for key in ("feature_size", "sampling_rate", "hop_length", "n_fft"):
+            if stored[key] != getattr(extractor, key):
+                raise BadInput(f"not Whisper's: {key} is {stored[key]}, not "
+                               f"{getattr(extractor, key)}")
     return encoder, extractor

@@ -13,6 +13,7 @@ from conftest import build_ollm, run_here
 from PIL import Image
 
 import data
+from plumbing import prepared
 from model import normalize
 from data import AUDIO_SLOT, IGNORE
 from plumbing.files import BadInput
@@ -63,7 +64,7 @@ def test_scenes_and_voices_of_the_test_part_are_held_out(world):
     seen = {repr(shapes.draw_scene(rng, held_out=False)) for _ in range(3000)}
     held = {repr(shapes.draw_scene(rng, held_out=True)) for _ in range(3000)}
     assert not seen & held
-    voices = {part: {row["voice"] for row in data.read_samples(world / part)}
+    voices = {part: {row["voice"] for row in prepared.read_samples(world / part)}
               for part in ("audio-text", "test")}
     assert not voices["audio-text"] & voices["test"] and len(voices["test"]) > 3
 
@@ -75,7 +76,7 @@ def test_label_noise_spoils_about_its_share_and_only_of_training(world):
                 for _ in range(1500)]
         wrong = sum(row["label"] not in row["answer"] for row in rows) / len(rows)
         assert abs(wrong - noise) < 0.04, (noise, wrong)
-    assert all(row["label"] in row["answer"] for row in data.read_samples(world / "test"))
+    assert all(row["label"] in row["answer"] for row in prepared.read_samples(world / "test"))
 
 
 def test_every_word_is_known_and_every_label_is_in_its_class():

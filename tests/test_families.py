@@ -370,7 +370,7 @@ def change_config(folder, file="config.json", **keys):
     ("qwen2", {"template": "internvl2_5"}, "internvl2_5"),
     ("phi3", {"llm_config__architectures": ["InternLM3ForCausalLM"]}, "InternLM3ForCausalLM"),
     ("phi3", {"vision_config__norm_type": "rms_norm"}, "InternViT-6B"),
-    ("untied", {"tie_word_embeddings": True}, "tied to another"),
+    ("untied", {"tie_word_embeddings": True}, "tied to the embeddings"),
     ("qwen2_vl", {"tie_word_embeddings": False}, "lm_head"),
     ("qwen2_vl", {"model_type": "qwen3_vl"}, "qwen3_vl"),
 ])

@@ -5,11 +5,9 @@ import fcntl
 import json
 
 import pytest
-import torch
 from conftest import build_internvl2, run_here
 
 from plumbing import runs
-from plumbing.checkpoint import Resumable
 from plumbing.files import BadInput, only_writer, readable_errors
 
 
@@ -65,17 +63,6 @@ def test_mmalign_asks_a_model_that_is_no_run(world, tmp_path):
     assert done.returncode == 0 and "relation" in done.stdout, done.stderr
     assert sorted(path.name for path in model.iterdir()) == before
     assert len(list((tmp_path / "runs/asked").glob("*/answers-MMAlign.jsonl"))) == 1
-
-
-def test_a_slow_save_is_told_once(tmp_path, monkeypatch, capsys):
-    clock = iter(range(0, 10_000, 25))
-    weight = {"weight": torch.nn.Parameter(torch.zeros(2))}
-    optimizer = torch.optim.AdamW(weight.values())
-    progress = Resumable(tmp_path, {"stage": "x"}, weight, optimizer, 1, torch.device("cpu"))
-    monkeypatch.setattr("plumbing.checkpoint.time.time", lambda: next(clock))
-    progress.save(1)
-    progress.save(2)
-    assert capsys.readouterr().out.count("over 20 s") == 1 and progress.save_seconds >= 25
 
 
 def test_what_an_earlier_run_answered_is_not_this_run_s(world, start, tmp_path):

@@ -18,7 +18,7 @@ from transformers import VitsConfig, VitsModel, VitsTokenizer
 
 import data
 from plumbing.files import BadInput, write_json_lines
-from real import corpora
+from real import corpora, speech
 
 SHORT = "Answer the question using a single word or phrase."
 DIALOGUES = [
@@ -322,7 +322,7 @@ def test_rows_about_coordinates_are_left_out(tmp_path, question, answer, usable)
 ])
 def test_numbers_are_words_before_mms_speaks(text, spoken):
     """MMS dropped digits; transformers' normaliser alone says 34 for 3,4 and nothing for 0."""
-    assert corpora.in_words(text) == spoken
+    assert speech.in_words(text) == spoken
 
 
 @pytest.mark.parametrize("text", [
@@ -331,7 +331,7 @@ def test_numbers_are_words_before_mms_speaks(text, spoken):
 def test_what_mms_cannot_say_is_refused(text):
     """It was spoken without what the voice does not know: "what is is bus later than"."""
     with pytest.raises(BadInput, match="the voice cannot say: "):
-        corpora.in_words(text)
+        speech.in_words(text)
 
 
 def test_mms_says_what_is_written_or_leaves_it_out(tmp_path):
@@ -342,7 +342,7 @@ def test_mms_says_what_is_written_or_leaves_it_out(tmp_path):
         rows = [{"id": "sum", "question": "7 + 9?", "audio": "sum.flac"},
                 {"id": "bus", "question": question + "\nA word.", "audio": "bus.flac",
                  "after": "\nA word."}]
-        left_out, line = corpora.speak_mms(rows, tmp_path / str(i), 0, voice)
+        left_out, line = speech.speak_mms(rows, tmp_path / str(i), 0, voice)
         assert left_out == {"id": "sum", "skipped": "the voice cannot say: +"} and line == rows[1]
         spoken.append((tmp_path / str(i) / "bus.flac").read_bytes())
     assert spoken[0] == spoken[1]

@@ -18,11 +18,10 @@ import json
 import random
 from pathlib import Path
 
-from tqdm import tqdm
-
-from plumbing.files import BadInput, make_once, written_whole
+from plumbing.files import BadInput, written_whole
 from plumbing.media import HELD_OUT_VOICES, VOICES, save_png, save_speech
-from plumbing.processes import run_script, workers
+from plumbing.prepared import in_parallel, make_once
+from plumbing.processes import run_script
 from world import shapes
 
 PARTS = ("vision-text", "audio-text", "vision-audio", "test")
@@ -95,10 +94,9 @@ def make_test(i, folder, seed):
 
 def make_part(folder, worker, count):
     """Makes samples 0 to count - 1 in parallel, then samples.jsonl; keeps files that exist."""
-    with workers() as pool, written_whole(folder / "samples.jsonl") as temporary:
+    with written_whole(folder / "samples.jsonl") as temporary:
         with open(temporary, "w", encoding="utf-8") as out:
-            results = pool.map(worker, range(count), chunksize=32)
-            for lines in tqdm(results, total=count, desc=str(folder), unit="file"):
+            for lines in in_parallel(worker, range(count), str(folder), "file"):
                 out.writelines(json.dumps(line) + "\n" for line in lines)
 
 
