@@ -5,10 +5,10 @@ A prepared folder holds `samples.jsonl`, one object a line, and the files that t
     {"id": "7", "image": "images/7.png", "question": "what color is it", "audio": "audio/7.flac",
      "answer": "red"}
 
-`audio` says aloud what `question` says in writing; if the question's end follows the speech in
-writing, `after` repeats it. A line has at least one of the two; one with audio alone is speech to
-transcribe. The image may be missing. (A `group` is for the built-in base alone: world/lessons.py.)
-All sources come in this format:
+`audio` says aloud what `question` says in writing. If the question's end is not spoken but follows
+the speech in writing, it is repeated: "after": " Answer in one word." A line has a question, audio
+or both; one with audio alone is speech to transcribe. The image may be missing. (A "group" is for
+the built-in base alone: world/lessons.py.) All sources come in this format:
 
     python data.py shapes --seed 0                   # the built-in world (world/make.py)
     python data.py llava --help                      # LLaVA's mix, spoken (real/corpora.py); also:
@@ -17,7 +17,7 @@ All sources come in this format:
     python data.py speak "what color is the circle" --out question.wav
 
 Letters in shape comments: B rows of a batch, P prefix tokens, S tokens of query and answer,
-T tokens, H and W height and width, M mel bins, F mel frames.
+T tokens, H and W height and width of a picture, M mel bins, L mel frames.
 """
 
 import argparse
@@ -46,7 +46,7 @@ AUDIO_SLOT = -200  # stands in the ids where an audio token goes, as LLaVA marks
 
 
 class Samples(torch.utils.data.Dataset):
-    """Prepared folders. Item i is line i, with "pixels" (of its picture) and "wave" (samples,)."""
+    """Prepared folders. Item i is line i, with its picture's "pixels" and its sound, "wave"."""
 
     def __init__(self, folders, settings, forms=("question", "audio")):
         """Reads all lines. Pictures and recordings are read when an item is.
@@ -59,7 +59,7 @@ class Samples(torch.utils.data.Dataset):
         self.settings = settings
         self.folders = [Path(folder) for folder in folders]
         self.rows = [row for folder in self.folders for row in prepared.read_samples(folder)]
-        self.last_picture = None, None  # its path and inputs: neighbours often ask about the same
+        self.last_picture = None, None  # path and inputs: a group's questions have one picture
 
 
         # A form that is needed must be there. One that is not is forgotten.
@@ -119,7 +119,7 @@ def count_audio_tokens(wave):
 
 
 def mel_spectrograms(extractor, waves):
-    """Returns log-mel spectrograms (B, M, F) of waveforms, and each one's number of frames (B,).
+    """Returns log-mel spectrograms (B, M, L) of waveforms, and each one's number of frames (B,).
 
     Each waveform is padded to whole tokens before its own spectrogram is taken, and beyond its end
     all is 0, as in a convolution's padding. So a clip's features do not depend on its batch.
@@ -132,7 +132,7 @@ def mel_spectrograms(extractor, waves):
         clips.append(features.input_features[0].T)  # (its own frames, M)
 
     n_frames = torch.tensor([len(clip) for clip in clips])  # (B,)
-    mel = pad_sequence(clips, batch_first=True).transpose(1, 2)  # (B, M, F)
+    mel = pad_sequence(clips, batch_first=True).transpose(1, 2)  # (B, M, L)
     return mel.contiguous(), n_frames
 
 
@@ -140,17 +140,21 @@ def mel_spectrograms(extractor, waves):
 
 
 def collate(samples, tokenizer, mel_extractor, settings, answers=True):
-    """Makes a batch: what stands before the question, once; what follows, once a form of it.
+    """Makes a batch: the prefix once, then a written and a spoken query in the same slot.
 
-    samples   dicts of Samples; "after" is text behind the speech, "end" the answer's end mark
+    samples   dicts of Samples, all with the same forms of the question
     answers   True: answers follow and are labelled, padding stands right (training)
               False: queries end where the answer begins, padding stands left (generation)
 
-    Returns {"pixels" of all pictures, "prefix": {"ids", "mask"} (B, P), "text": query,
-    "mel" (B, M, F), "n_frames" (B,), "audio": query}; what the samples lack is None. A query is
-    {"ids", with AUDIO_SLOT for speech, "mask", "labels"}, each (B, S).
+    Returns a dict; what the samples lack is None. Each query has a length S of its own:
+        prefix         <system> <image> ...                            {"ids", "mask"} (B, P)
+        text           what color is it        <turn> red <end>        {"ids", "mask", "labels"}
+        audio          SLOT SLOT SLOT [after]  <turn> red <end>        the same; each (B, S)
+        (labels)       -100 -100 -100 -100      -100  red <end>
+        mel, n_frames  the speech              (B, M, L), (B,)
+        pixels         all rows' pictures in one dict: {"pixel_values": (all tiles, 3, H, W)}
     """
-    # The prompts' parts as ids, and the answers'.
+    # The prompts' parts as ids, and the answers'. The turn stands between question and answer.
     image_tokens = [families.count_image_tokens(s.get("pixels"), settings) for s in samples]
     texts = [s.get("question", "") for s in samples]
     prefix_ids, question_ids, turn = families.prompt_ids(tokenizer, settings, image_tokens, texts)

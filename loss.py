@@ -1,9 +1,9 @@
-"""The paper's loss: alpha * KL(teacher || student) + (1 - alpha) * CE, over the answer's tokens.
+"""The loss of Self-KD (arXiv 2503.00059): alpha * KL(teacher || student) + (1 - alpha) * CE.
 
     loss, kl, ce = self_kd_loss(student_logits, teacher_logits, labels, alpha=0.75)
 
-`python -m pytest tests/test_loss.py` compares it with the formula, word by word. Letters in shape
-comments: N answer tokens in the batch, V vocabulary.
+It is taken over the answer's tokens. `python -m pytest tests/test_loss.py` compares it with the
+formula, term by term. Letters in shape comments: N answer tokens in the batch, V vocabulary.
 """
 
 import torch
@@ -29,9 +29,9 @@ def self_kd_loss(student_logits, teacher_logits, labels, alpha, temperature=1.0,
     kl = ce = student_logits.new_zeros(())
 
     # Self-distillation: the student's distribution over the vocabulary should be the teacher's.
-    # This is the whole KL, not the cross-entropy to the teacher: where both agree it is exactly 0.
-    # It is F.kl_div(student, teacher, reduction="sum", log_target=True), written out. Dividing
-    # logits by T shrinks the gradient by T squared, which the factor undoes.
+    # This is F.kl_div(student, teacher, reduction="sum", log_target=True), written out; where both
+    # agree it is exactly 0. Dividing logits by the temperature shrinks the gradient by its square,
+    # which the factor undoes.
     if alpha > 0:
         teacher = F.log_softmax(teacher_logits.to(dtype) / temperature, dim=-1)  # (N, V)
         student = F.log_softmax(student_logits / temperature, dim=-1)  # (N, V)

@@ -5,16 +5,17 @@ image    -> vision encoder -> projector --.
 question -> word embeddings   (teacher) --+
 speech   -> Whisper's encoder -> one linear projector   (student)
 
-Teacher and student are the same weights. The image stands before the question, attention is causal,
-and the vision encoder and the LLM are frozen. So the keys and values of `<system><image>` are the
-same for both: `encode_prefix` computes them once, and `continue_prefix` reads the written or the
-spoken question from there. `forward` is the whole method.
+Teacher and student are the same weights, the image stands before the question, and attention is
+causal. So the keys and values of `<system><image>` are the same for both: `encode_prefix` computes
+them once, and `continue_prefix` reads the written or the spoken question from there. The LVLM is
+frozen: nothing is learnt through the prefix, and the teacher stays as it is. `forward` is the whole
+method.
 
 `python -m pytest tests/test_model.py` compares the shared prefix with two full passes in float64.
 A batch is what `data.collate` returns. Letters in shape comments:
     B rows of a batch   P prefix tokens   S tokens of query and answer   A audio tokens
-    N answer tokens in the batch   V vocabulary   D width of the LLM   W width of the audio encoder
-    M mel bins   F mel frames   T tokens of any kind   H, W of a picture: its height and width
+    N answer tokens in the batch   V vocabulary   D width of the LLM   E width of the audio encoder
+    M mel bins   L mel frames   T tokens of any kind   H, W height and width of a picture
 """
 
 import copy
@@ -30,7 +31,7 @@ from data import AUDIO_SLOT, IGNORE, collate
 from loss import self_kd_loss
 from plumbing import runs
 from plumbing.files import BadInput, at
-from plumbing.processes import to
+from plumbing.processes import half_precision, to_device
 from real.checkpoints import empty_audio_encoder, load_lvlm, load_tokenizer
 from real.families import CHATS, lvlm_settings, prefix_positions
 
@@ -38,15 +39,10 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Prefix(NamedTuple):
-    """All that was read before a query: `<system><image>`, and in generation what followed."""
+    """What the LLM has read so far: `<system><image>`; in generation also what followed."""
     cache: object  # transformers' cache of keys and values
     mask: torch.Tensor  # (B, P) bool, False is padding
-    shift: object  # (B, 1) or 0: a Qwen2-VL picture takes fewer positions than tokens
-
-
-def half_precision(device):
-    """Returns a context: on a GPU, matrix products are in bfloat16. Weights stay as they are."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    shift: object  # next position less tokens: 0, or (B, 1) of Qwen2-VL, whose pictures take fewer
 
 
 def normalize(tiles):
@@ -67,8 +63,7 @@ class OLLM(nn.Module):
         instruction          what follows speech that is to be transcribed
         image_size           side of a tile in pixels
         tokens_per_tile      how many image tokens it becomes
-        max_tiles            most tiles of a picture, thumbnail aside
-        min_tiles            least area in tiles, of a Qwen2-VL, which takes a picture whole
+        max_tiles, min_tiles   most of a picture, thumbnail aside; least (of a Qwen2-VL's area)
         audio_seconds        speech is padded to so many; without it, to its own length
         suffix, tts, voice   how the training's questions were spoken: plumbing/prepared.py
     """
@@ -80,7 +75,7 @@ class OLLM(nn.Module):
         self.audio_encoder, self.mel_extractor = audio_encoder, mel_extractor
         if audio_encoder is not None:
             width = lvlm.config.text_config.hidden_size
-            # The "one-layer MLP" of section 5.1, here without a hidden layer: W to D
+            # The "one-layer MLP" of section 5.1, here without a hidden layer: E to D
             self.projector = nn.Linear(audio_encoder.config.d_model, width)
 
     def train_only(self, stage):
@@ -117,7 +112,7 @@ class OLLM(nn.Module):
         return torch.cat([*features.pooler_output])  # a tile each, or a Qwen2-VL picture each
 
     def hear(self, mel, n_frames):
-        """Turns log-mel spectrograms (B, M, F) into audio tokens (B, A, D), A = F / 4.
+        """Turns log-mel spectrograms (B, M, L) into audio tokens (B, A, D), A = L / 4.
 
         n_frames (B,): how many frames of each clip are real. These are Whisper's own layers, on the
         speech's real length instead of 30 s. Attention does not look past a clip's end, so a clip's
@@ -127,24 +122,25 @@ class OLLM(nn.Module):
         if mel is None:
             return None
 
-        # Whisper's two convolutions; the second halves the number of frames.
+        # Whisper's two convolutions; the second halves the number of frames. A clip has a multiple
+        # of 4, so that no frame beyond its end reaches its tokens.
         encoder = self.audio_encoder
-        x = F.gelu(encoder.conv1(mel.to(encoder.conv1.weight.dtype)))  # (B, W, F)
-        x = F.gelu(encoder.conv2(x)).transpose(1, 2)  # (B, F / 2, W)
+        x = F.gelu(encoder.conv1(mel.to(encoder.conv1.weight.dtype)))  # (B, E, L)
+        x = F.gelu(encoder.conv2(x)).transpose(1, 2)  # (B, L / 2, E)
         x = x + encoder.embed_positions.weight[: x.size(1)]
 
         # Its transformer layers. Without a mask, attention is faster.
-        padding = torch.arange(x.size(1), device=x.device) >= n_frames[:, None] // 2  # (B, F / 2)
+        padding = torch.arange(x.size(1), device=x.device) >= n_frames[:, None] // 2  # (B, L / 2)
         mask = None
         if padding.any():
             mask = torch.zeros_like(padding, dtype=x.dtype)
             mask = mask.masked_fill(padding, torch.finfo(x.dtype).min)[:, None, None, :]
         for layer in encoder.layers:
-            x = layer(x, mask)  # (B, F / 2, W)
+            x = layer(x, mask)  # (B, L / 2, E)
         x = encoder.layer_norm(x)
 
         # Pairs of frames are averaged to 25 tokens a second, as in Qwen2-Audio, and projected.
-        x = x.unflatten(1, (-1, 2)).mean(2)  # (B, A, W)
+        x = x.unflatten(1, (-1, 2)).mean(2)  # (B, A, E)
         return self.projector(x)  # (B, A, D)
 
     def embed(self, ids, pixels=None, audio_tokens=None):
@@ -194,8 +190,8 @@ class OLLM(nn.Module):
         mask = torch.cat([prefix.mask, query["mask"]], dim=1)  # (B, P + S)
         positions = (query["mask"].cumsum(1) - 1).clamp(min=0)  # (B, S)
 
-        # (The built-in base's lessons have rows of several questions, and positions of their own:
-        # world/lessons.py. There a token sees the prefix, its own question and its answer.)
+        # (Only in world/lessons.py: a row has several questions, "part" (B, S) numbers them, and
+        # "positions" are their own. A token sees the prefix and what stands before it in its part.)
         if "part" in query:
             own = (query["part"][:, :, None] == query["part"][:, None]).tril()  # (B, S, S)
             before = prefix.mask[:, None].expand(-1, own.size(1), -1)  # (B, S, P)
@@ -212,7 +208,8 @@ class OLLM(nn.Module):
     def answer_logits(self, prefix, query, audio_tokens=None):
         """Returns logits (N, V) at the positions that predict the answer, and its tokens (N,).
 
-        The head is applied nowhere else: an image takes hundreds of positions, an answer a handful.
+        They come row by row: the n-th of teacher and student predict the same token, however long
+        each question was. The head is applied nowhere else: an answer takes a handful of positions.
         """
         hidden, _ = self.continue_prefix(prefix, query, audio_tokens)  # (B, S, D)
         labels = query["labels"][:, 1:]  # (B, S - 1): the position before a token predicts it
@@ -249,7 +246,7 @@ class OLLM(nn.Module):
         end = self.tokenizer.convert_tokens_to_ids(CHATS[self.settings["llm"]]["end"])
         answers = torch.empty_like(query["ids"][:, :0])  # (B, tokens so far)
 
-        # The last token of an answer is written but never read: it may stand beyond the limit.
+        # All tokens but the last one that it writes are read, too, and must fit.
         n_read = int((prefix.mask.sum(1) + query["mask"].sum(1)).max())
         max_new_tokens = min(max_new_tokens, self.tokenizer.model_max_length - n_read + 1)
         while answers.size(1) < max_new_tokens and not (answers == end).any(1).all():
@@ -275,7 +272,7 @@ class OLLM(nn.Module):
     def answer(self, samples, forms=("text", "audio"), **options):
         """Answers a list of samples, asked in writing and aloud. Returns {form: [answer, ...]}."""
         batch = collate(samples, self.tokenizer, self.mel_extractor, self.settings, answers=False)
-        batch = to(batch, self.lvlm.device)
+        batch = to_device(batch, self.lvlm.device)
         answers = {}
         with half_precision(self.lvlm.device):
             prefix = self.encode_prefix(batch)

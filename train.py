@@ -1,8 +1,7 @@
-"""Train an LVLM to listen: one loop, three stages, one epoch each.
+"""Train an LVLM to listen (arXiv 2503.00059): one loop, three stages, one epoch each.
 
     torchrun train.py --alpha 0.75                       # the built-in world, from nothing
     torchrun train.py --alpha 0                          # the same start, supervised fine-tuning
-    torchrun --nproc_per_node 2 train.py --alpha 0.75    # the same steps on two processes
     python train.py --stage audio-text --max-steps 20 --out runs/try    # one stage, a few steps
     torchrun --nproc_per_node 8 train.py --preset internvl2-1b --alpha 0.75 --data FOLDER
 
@@ -30,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import data
 from data import IGNORE
-from model import OLLM, half_precision
+from model import OLLM
 from plumbing import processes, runs
 from plumbing.checkpoint import Resumable
 from plumbing.files import BadInput, only_writer, readable_errors
@@ -54,7 +53,7 @@ PRESETS = {
     "shapes": {  # the built-in world: nothing is downloaded
         "lvlm": None,
         "whisper": None,
-        # Here a batch counts pictures, each with four questions or lists: world/lessons.py.
+        # Here a batch counts pictures, with all that is asked about each: world/lessons.py.
         "vision-text": {"muon": True, "lr": 2e-3, "global_batch": 12, "micro_batch": 12},
         "audio-text": {"muon": True, "lr": 3e-3, "global_batch": 8, "micro_batch": 4},
         "vision-audio": {"lr": 1e-3, "global_batch": 8, "micro_batch": 8},
@@ -82,8 +81,8 @@ def parse_arguments():
     add("--stage", choices=STAGES, default="vision-audio", help="what to train")
     add("--alpha", type=float, default=0.75, help="weight of the KL: 0 is SFT, 1 KD alone")
     add("--temperature", type=float, default=1.0, help="of both distributions in the KL")
-    add("--on-policy", type=float, default=0.0, metavar="P", help="share of the steps in which the "
-        "student answers by itself and the teacher scores that: KL alone, no label")
+    add("--on-policy", type=float, default=0.0, metavar="P", help="share of the steps that "
+        "take the student's own greedy answers instead of the data's, with alpha 1")
     add("--seed", type=int, default=0, help="of the start, the order and the built-in data")
     # Where things lie
     add("--data", nargs="+", help="prepared folders (default: the built-in world's)")
@@ -107,8 +106,8 @@ def parse_arguments():
         parser.error(f"the preset {args.preset} has no stage {args.stage}: its LVLM comes trained")
     if args.stage == "vision-text" and args.init:
         parser.error("the stage vision-text starts from nothing, not from --init")
-    if not 0 <= args.alpha <= 1:
-        parser.error(f"--alpha is a weight between 0 and 1, not {args.alpha}")
+    if not (0 <= args.alpha <= 1 and 0 <= args.on_policy <= 1):
+        parser.error(f"--alpha {args.alpha}, --on-policy {args.on_policy}: both lie in 0 to 1")
     return args
 
 
@@ -159,12 +158,12 @@ def configure(args, stage):
 class Epoch(torch.utils.data.Dataset):
     """One epoch: item k is this rank's list of micro-batches for step k.
 
-    The samples of a step depend on the seed and the step alone. So a run can go on after an
-    interruption, also on another number of processes, and takes the same steps.
+    The samples of step k depend on data, seed, global batch and k alone. So an interrupted run goes
+    on with the same bytes; on another number of processes with the same steps, up to rounding.
     """
 
     def __init__(self, config, samples, order, collate, rank=0, world_size=1):
-        """order: a list of groups, each a list of samples' numbers; a batch counts groups."""
+        """order: groups of samples' numbers. A group is one sample, but in world/lessons.py."""
         self.config, self.samples, self.order, self.collate = config, samples, order, collate
         self.rank, self.world_size = rank, world_size
 
@@ -177,7 +176,7 @@ class Epoch(torch.utils.data.Dataset):
         groups = self.order[step * size: (step + 1) * size]
         return sorted(groups, key=lambda group: sum(map(self.samples.length, group)))
 
-    def ids(self, step):
+    def sample_ids(self, step):
         """Returns the ids of a step's samples."""
         return [self.samples.rows[i]["id"] for i in sum(self.groups(step), [])]
 
@@ -191,7 +190,7 @@ class Epoch(torch.utils.data.Dataset):
         return [self.micro_batch(mine[start: start + size]) for start in range(0, longest, size)]
 
     def micro_batch(self, groups):
-        """Collates some groups. Without any, one with weight 0: all ranks must take part."""
+        """Collates groups. Without any, a batch without labels: DDP waits for every rank's."""
         numbers = sum(groups or self.order[:1], [])
         samples = [self.samples[i] for i in numbers]
         batch = self.collate(samples)
@@ -206,8 +205,7 @@ class Epoch(torch.utils.data.Dataset):
 
 def make_epoch(config, ollm, rank=0, world_size=1):
     """Returns the Epoch that a config describes, for one rank."""
-    forms, _ = STAGES[config["stage"]]
-    samples = data.Samples(config["data"], ollm.settings, forms)
+    samples = data.Samples(config["data"], ollm.settings, STAGES[config["stage"]][0])
     collate = functools.partial(data.collate, tokenizer=ollm.tokenizer,
                                 mel_extractor=ollm.mel_extractor, settings=ollm.settings)
 
@@ -233,7 +231,7 @@ def start_model(config, device="cpu"):
     stage = config["stage"]
     ollm = OLLM(*build_lvlm()) if stage == "vision-text" else OLLM.load(config["init"], device)
 
-    # Alignment gives the LVLM an audio encoder; the last stage must find one.
+    # The stage audio-text gives the LVLM an audio encoder; vision-audio must find one.
     if stage == "audio-text" and ollm.audio_encoder is None:
         whisper = config["whisper"]
         parts = load_audio_encoder(whisper) if whisper else build_audio_encoder()
@@ -242,14 +240,14 @@ def start_model(config, device="cpu"):
         raise BadInput(f"{config['init']}: has no audio encoder; vision-audio starts from an "
                        "audio-text run")
 
-    # Evaluation asks as training did.
+    # Kept in the run: evaluation prepares questions as training did.
     for key in ("max_tiles", "audio_seconds"):
         if config[key] is not None:
             ollm.settings[key] = config[key]
     if stage == "vision-audio":
         ollm.settings |= how_asked(config["data"])
     ollm.train_only(stage)
-    return ollm
+    return ollm.eval()  # no dropout: teacher and student differ in the question alone
 
 
 # ---- the loop ------------------------------------------------------------------------------------
@@ -266,6 +264,7 @@ def draw_on_policy(config, step, ollm, micro_batches, collate):
     own = []
     for batch in micro_batches:
         if "samples" in batch:  # a rank may have none
+            # As text, tokenised anew: both branches score the same tokens.
             answers = ollm.answer(batch["samples"], ("audio",), keep_end=True)["audio"]
             batch = collate([{**sample, "answer": answer, "end": ""}
                              for sample, answer in zip(batch["samples"], answers)])
@@ -280,19 +279,19 @@ def forward_backward(model, micro_batches, alpha, temperature, device, world_siz
     same, whatever its rank: sums are divided by the global number of answer tokens, and multiplied
     by world_size because DDP averages gradients over the ranks.
     """
-    micro_batches = [processes.to(batch, device) for batch in micro_batches]
+    micro_batches = [processes.to_device(batch, device) for batch in micro_batches]
     n_tokens = sum(map(data.count_answer_tokens, micro_batches))
     n_tokens, = processes.all_sum([n_tokens], device)
 
     # Ranks exchange gradients once a step, with the last micro-batch.
-    sums = torch.zeros(3, dtype=torch.float64)  # loss, kl, ce
+    sums = torch.zeros(3, dtype=torch.float64)
     for i, batch in enumerate(micro_batches):
-        is_last = i == len(micro_batches) - 1
-        with contextlib.nullcontext() if is_last or world_size == 1 else model.no_sync():
-            with half_precision(device):
-                terms = model(batch, alpha, temperature, n_tokens)
-            (terms[0] * world_size).backward()
-        sums += torch.stack(terms).detach().cpu()
+        exchange_later = world_size > 1 and i < len(micro_batches) - 1
+        with model.no_sync() if exchange_later else contextlib.nullcontext():
+            with processes.half_precision(device):
+                loss, kl, ce = model(batch, alpha, temperature, n_tokens)
+            (loss * world_size).backward()
+        sums += torch.stack([loss, kl, ce]).detach().cpu()
     return processes.all_sum(sums.tolist(), device)
 
 
@@ -304,18 +303,17 @@ def train_stage(args, config, out, rank, world_size, device):
     n_steps = min(len(epoch), config["max_steps"] or len(epoch))
     trained = {name: p for name, p in ollm.named_parameters() if p.requires_grad}
 
-    # Optimizer and checkpoint, which names its data and its start by SHA-256: folders may move
+    # The optimizer, and the checkpoint: weights, moments and the number of steps, read now if it is
+    # there. Nothing else has a state. It names data and start by SHA-256, as folders may move.
     optimizer_class = Muon if config["muon"] else torch.optim.AdamW
     optimizer = optimizer_class(trained.values(), betas=BETAS, weight_decay=0.0, fused=True)
-    sources = {"data": epoch.samples.fingerprint(),
-               "init": config["init"] and runs.fingerprint(config["init"])}
-    progress = Resumable(out, config | sources, trained, optimizer, args.save_every, device)
+    identity = {**config, "data": epoch.samples.fingerprint(),
+                "init": config["init"] and runs.fingerprint(config["init"])}
+    progress = Resumable(out, identity, trained, optimizer, args.save_every, device)
 
     # In vision-text, micro-batches without a picture leave the vision encoder unused
-    model = ollm
-    if world_size > 1:
-        is_base = config["stage"] == "vision-text"
-        model = DistributedDataParallel(ollm, find_unused_parameters=is_base)
+    unused = config["stage"] == "vision-text"
+    model = DistributedDataParallel(ollm, find_unused_parameters=unused) if world_size > 1 else ollm
     if rank == 0:
         print(f"{len(epoch.samples)} samples in {len(epoch.order)} groups, {n_steps} steps on "
               f"{world_size} x {device}, {sum(map(torch.numel, trained.values())):,} parameters "
@@ -336,7 +334,7 @@ def train_stage(args, config, out, rank, world_size, device):
         grad_norm = torch.nn.utils.clip_grad_norm_(trained.values(), CLIP).item()
         if not math.isfinite(loss + grad_norm):
             raise BadInput(f"step {step}: loss {loss}, gradient norm {grad_norm}; stopped before "
-                           f"the weights were touched; samples {epoch.ids(step)}")
+                           f"the weights were touched; samples {epoch.sample_ids(step)}")
         optimizer.step()
         optimizer.zero_grad()
 
@@ -357,8 +355,7 @@ def main():
     rank, world_size, device = processes.set_up_processes(args.device)
     print0 = print if rank == 0 else lambda *_: None
     if args.preset == "shapes":
-        print0("This is the built-in world: drawn pictures, synthetic speech, tiny models.\nFor the "
-               "paper's own models: README.md, Reproduce the paper")
+        print0("This is the built-in world: tiny models. The paper's own: see README, Reproduce.")
 
     for stage in processes.broadcast(stages_to_train(args)):
         config, out = configure(args, stage)

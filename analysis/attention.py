@@ -56,7 +56,7 @@ MEASURES = {"share": "share of attention (%)", "per token": "share of attention 
 def collate_with_answers(ollm, samples):
     """Returns a batch of samples and their answers, as in training, on the model's device."""
     batch = data.collate(samples, ollm.tokenizer, ollm.mel_extractor, ollm.settings)
-    return processes.to(batch, ollm.lvlm.device)
+    return processes.to_device(batch, ollm.lvlm.device)
 
 
 def full_pass(ollm, batch, form):

@@ -48,7 +48,7 @@ from analysis.plan import (SYSTEM_TOKENS, WHISPER_LARGE_V3, key_width, layer_flo
                            print_plan, step_flops)
 from data import AUDIO_SLOT, IGNORE
 from loss import self_kd_loss
-from model import OLLM, half_precision
+from model import OLLM
 from plumbing import processes, tables
 from plumbing.files import readable_errors
 from real.checkpoints import native_config
@@ -164,7 +164,7 @@ RATIOS = {"textbook_kd_over_kd": ("textbook_kd", "kd"),
 
 def step(ollm, optimizer, batch, loss_of, alpha):
     """Takes one step: forward, backward and update, in bfloat16 on a GPU, as in train.py."""
-    with half_precision(batch["mel"].device):
+    with processes.half_precision(batch["mel"].device):
         loss = loss_of(ollm, batch, alpha)
     loss.backward()
     optimizer.step()
@@ -229,7 +229,7 @@ def make_batch(ollm, tiles, args, audio_seconds):
                         "wave": 0.1 * wave})
     settings = {**ollm.settings, "audio_seconds": audio_seconds}
     batch = data.collate(samples, ollm.tokenizer, ollm.mel_extractor, settings)
-    return processes.to(batch, ollm.lvlm.device)
+    return processes.to_device(batch, ollm.lvlm.device)
 
 
 # ---- arithmetic ----------------------------------------------------------------------------------

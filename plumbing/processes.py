@@ -42,10 +42,15 @@ def set_up_processes(device=None):
     return rank, processes, torch.device(device)
 
 
-def to(batch, device):
+def half_precision(device):
+    """Returns a context: on a GPU, matrix products are in bfloat16. Weights stay as they are."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+def to_device(batch, device):
     """Returns a batch, a dict of tensors and such dicts, with all its tensors on the device."""
     if isinstance(batch, dict):
-        return {key: to(value, device) for key, value in batch.items()}
+        return {key: to_device(value, device) for key, value in batch.items()}
     if isinstance(batch, torch.Tensor):
         return batch.to(device, non_blocking=True)
     return batch
