@@ -107,7 +107,7 @@ def parse_arguments():
     if args.stage == "vision-text" and args.init:
         parser.error("the stage vision-text starts from nothing, not from --init")
     if not (0 <= args.alpha <= 1 and 0 <= args.on_policy <= 1):
-        parser.error(f"--alpha {args.alpha}, --on-policy {args.on_policy}: both lie in 0 to 1")
+        parser.error(f"--alpha and --on-policy lie between 0 and 1: {args.alpha}, {args.on_policy}")
     return args
 
 
