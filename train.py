@@ -347,7 +347,6 @@ def main():
                 print0(f"{stage}: finished already, the run is in {out} (delete it to train again)")
                 continue
             if rank == 0:
-                runs.note_if_cut(config["init"])
                 if args.preset == "shapes" and not (args.data and stage == args.stage):
                     make_if_missing(config["data"][0], args.seed)
             wait_for_all()

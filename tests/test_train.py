@@ -236,16 +236,11 @@ def test_what_cannot_work_is_one_clear_line(start, world, tmp_path, arguments, m
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
-def test_a_cut_start_is_noted_and_a_cut_run_is_another_training(start, world, tmp_path):
-    shutil.copytree(start, tmp_path / "start")
-    about = tmp_path / "start/audio/ollm.json"
-    settings = json.loads(about.read_text())
-    settings["training"]["max_steps"] = 7
-    about.write_text(json.dumps(settings))
-    options = ["--init", tmp_path / "start/audio", "--data", world / "vision-audio",
+def test_a_cut_run_is_another_training(start, world, tmp_path):
+    options = ["--init", start / "audio", "--data", world / "vision-audio",
                "--out", tmp_path / "out"]
     done = run_here("train.py", *options, "--max-steps", 2, cwd=tmp_path)
-    assert done.returncode == 0 and "stopped after 7 steps" in done.stdout, done.stderr
+    assert done.returncode == 0, done.stderr
     other = run_here("train.py", *options, "--max-steps", 3, cwd=tmp_path)
     assert other.returncode == 1 and "max_steps is 2 there and 3 here" in other.stderr
 
