@@ -34,6 +34,7 @@ from plumbing.tables import print_summaries, seed_interval
 from world import shapes
 
 AVERAGE = "mean of six kinds"
+KEYS = {"text": "question", "audio": "audio"}  # what a form of asking needs in samples.jsonl
 OBJECT = re.compile(rf"\b({'|'.join(shapes.COLORS)}) ({'|'.join(shapes.SHAPES)})\b")
 
 
@@ -84,7 +85,7 @@ def evaluate(run, folder, kinds, args):
     if args.max_tiles:
         ollm.settings["max_tiles"] = args.max_tiles
     forms = ("text",) if ollm.audio_encoder is None else ("text", "audio")
-    samples = data.Samples(folder, ollm.settings, ("question", "audio")[: len(forms)])
+    samples = data.Samples(folder, ollm.settings, [KEYS[form] for form in forms])
     indices = [i for i, row in enumerate(samples.rows) if row.get("kind") in kinds][: args.n]
     if not indices:
         raise BadInput(f"{folder}: has no question of the kinds {', '.join(kinds)}")
@@ -95,21 +96,25 @@ def evaluate(run, folder, kinds, args):
         print(f"note: {folder} is spoken by {spoken}; in training of {run} it was {trained}")
     transcribes = runs.about(run)["training"]["stage"] == "audio-text"
 
-    # Like lengths are asked together; the rows come back in the folder's order.
+    # Like lengths are asked together; the rows come back in the folder's order. The built-in
+    # world's pictures are small, and its models tiny.
     rows, indices = {}, sorted(indices, key=samples.length)
     size = args.batch or (8 if ollm.settings["image_size"] > shapes.SIZE else 100)
     starts = range(0, len(indices), size)
     for start in tqdm(starts, desc=str(run), unit="batch", leave=False):
         chunk = indices[start: start + size]
         batch = [samples[i] for i in chunk]
-        answers = {"audio": [None] * len(batch), **ollm.answer(batch, forms)}
-        transcripts = transcribe(ollm, batch) if transcribes else [None] * len(batch)
-        for i, *texts in zip(chunk, answers["text"], answers["audio"], transcripts):
-            rows[i] = {**samples.rows[i], **dict(zip(("text", "audio", "transcript"), texts))}
+        answers = ollm.answer(batch, forms)
+        if transcribes:
+            answers["transcript"] = transcribe(ollm, batch)
+        for n, i in enumerate(chunk):
+            rows[i] = dict(samples.rows[i])
+            for key in ("text", "audio", "transcript"):
+                rows[i][key] = answers[key][n] if key in answers else None
     return [rows[i] for i in sorted(rows)]
 
 
-def answer_one(run, args):
+def answer_question(run, args):
     """Prints a run's answers to one question about one picture, in writing and aloud."""
     ollm = OLLM.load(run, args.device).eval()
     if ollm.audio_encoder is None:
@@ -142,43 +147,48 @@ def check_words(tokenizer, text):
 # ---- reporting -----------------------------------------------------------------------------------
 
 
-def mean_scores(rows, form, kinds, score=score_answer):
+def mean_scores(rows, form, kinds, score_row=score_answer):
     """Returns {kind: percent right} of the answers to questions in a form ("text" or "audio")."""
     scores = {}
     for row in rows:
         with at(row["where"]):
-            scores.setdefault(row["kind"], []).append(score(row, row[form]))
+            scores.setdefault(row["kind"], []).append(score_row(row, row[form]))
     return {kind: 100 * statistics.fmean(scores[kind]) for kind in kinds if kind in scores}
 
 
-def summarize(rows, kinds, average, score=score_answer, more=None):
-    """Returns a run's percentages: {"text": {line: value}, "audio": {line: value}}."""
+def summarize(rows, kinds, average, score_row=score_answer, more=None):
+    """Returns a run's percentages: {"text": {kind or measure: value}, "audio": ...}."""
     summary = {}
     for form in ("text", "audio"):
         if rows[0][form] is None:
             continue
-        scores = mean_scores(rows, form, kinds, score)
-        lines = summary[form] = {**scores, average: statistics.fmean(scores.values())}
-        lines |= more(rows, form) if more else {}
-
-        # Two remarks of the paper: how often the answer is "yes", and whether errors name something
-        # of the picture.
-        existence = [row for row in rows if row["kind"] == "existence"]
-        if existence:
-            yes = [row[form].split()[:1] == ["yes"] for row in existence]
-            lines["yes ratio"] = 100 * statistics.fmean(yes)
-        wrong = [row for row in rows
-                 if row["kind"] in shapes.KINDS and "scene" in row and not score(row, row[form])]
-        if wrong:
-            named = [names_what_is_there(row, row[form]) for row in wrong]
-            lines["wrong, names what is there"] = 100 * statistics.fmean(named)
+        values = mean_scores(rows, form, kinds, score_row)
+        values[average] = statistics.fmean(values.values())
+        if more:
+            values |= more(rows, form)
+        summary[form] = values | paper_remarks(rows, form, score_row)
     if rows[0]["transcript"] is not None:
         exact = [row["transcript"] == row["question"] for row in rows]
         summary["audio"]["transcripts exact"] = 100 * statistics.fmean(exact)
     return summary
 
 
-def print_differences(answers, score):
+def paper_remarks(rows, form, score_row):
+    """Returns two remarks of the paper: how often it says "yes", and what errors still name."""
+    values = {}
+    existence = [row for row in rows if row["kind"] == "existence"]
+    if existence:
+        yes = [row[form].split()[:1] == ["yes"] for row in existence]
+        values["yes ratio"] = 100 * statistics.fmean(yes)
+    drawn = [row for row in rows if row["kind"] in shapes.KINDS and "scene" in row]
+    wrong = [row for row in drawn if not score_row(row, row[form])]
+    if wrong:
+        named = [names_what_is_there(row, row[form]) for row in wrong]
+        values["wrong, names what is there"] = 100 * statistics.fmean(named)
+    return values
+
+
+def print_differences(answers, score_row):
     """Prints each Self-KD run against SFT of the same seeds: the paired difference, its interval.
 
     answers: {(run name, seed): rows}. With one seed, it also prints an example.
@@ -189,8 +199,8 @@ def print_differences(answers, score):
         if not seeds:
             continue
         pairs = [list(zip(sft[seed], answers[name, seed])) for seed in seeds]
-        before = [[score(row, row["audio"]) for row, _ in pair] for pair in pairs]
-        after = [[score(row, row["audio"]) for _, row in pair] for pair in pairs]
+        before = [[score_row(row, row["audio"]) for row, _ in pair] for pair in pairs]
+        after = [[score_row(row, row["audio"]) for _, row in pair] for pair in pairs]
         (mean, low, high), how = seed_interval(before, after)
         print(f"{name} - SFT, spoken: {mean:+.1f} points, 95 % interval {low:+.1f} to {high:+.1f} "
               f"({how}; {sum(map(len, before))} questions, seeds {', '.join(map(str, seeds))})")
@@ -212,21 +222,21 @@ def print_example(name, pairs, before, after):
               f"    SFT: {sft['audio']}  |  {name}: {kd['audio']}  |  right: {kd['label']}")
 
 
-def report(args, kinds, average, score=score_answer, more=None):
+def report(args, kinds, average, score_row=score_answer, more=None):
     """Evaluates the runs of the command line and prints their table; mmalign.py uses it, too.
 
-    score  function (sample, answer) -> 0 to 1
-    more   further lines of the table: function (rows, form) -> {line: value}
+    score_row  function (row, answer) -> 0 to 1
+    more       further rows of the table: function (rows, form) -> {measure: value}
     """
     summaries, answers = {}, {}
-    groups = runs.group_runs(args.runs or runs.default_runs(args.preset, args.seed))
+    groups = runs.group_runs(runs.asked_for(args))
     for name, by_seed in groups.items():
         for seed, run in by_seed.items():
             rows = evaluate(run, runs.questions_of(args, seed), kinds, args)
-            summaries.setdefault(name, []).append(summarize(rows, kinds, average, score, more))
+            summary = summarize(rows, kinds, average, score_row, more)
+            summaries.setdefault(name, []).append(summary)
             answers[name, seed] = rows
-            path = runs.place_for_answers(run) / f"answers-{average.split()[0]}.jsonl"
-            write_json_lines(path, rows)
+            write_json_lines(runs.answers_file(run, average), rows)
             for row in random.Random(0).sample(rows, min(args.show, len(rows))):
                 print(f"  {row['question']}?  ({row['label']})  text: {row['text']}  "
                       f"audio: {row['audio']}")
@@ -235,7 +245,7 @@ def report(args, kinds, average, score=score_answer, more=None):
     print(f"{len(rows)} held-out questions a run; percent right"
           + (", mean ± standard deviation over seeds" if several else ""))
     print_summaries(summaries)
-    print_differences(answers, score)
+    print_differences(answers, score_row)
 
 
 def arguments(description):
@@ -259,9 +269,9 @@ def main():
         parser.error("one question needs --image, and --question or --audio")
     if args.image:
         default = f"runs/{args.preset}/vision-audio-a0.75-s{args.seed}"
-        answer_one(args.runs[0] if args.runs else default, args)
+        answer_question(args.runs[0] if args.runs else default, args)
     elif args.bench:
-        ask.report(args)
+        ask.report_benchmarks(args)
     else:
         report(args, shapes.KINDS, AVERAGE)
 

@@ -27,10 +27,9 @@ import argparse
 import random
 import re
 import sys
-from collections import Counter
 from pathlib import Path
 
-import eval
+from eval import arguments, report
 from plumbing import prepared, runs
 from plumbing.files import BadInput, at, read_json, readable_errors
 from plumbing.media import HELD_OUT_VOICES, load_image, save_png
@@ -53,9 +52,13 @@ SYMMETRIC = (
     "talking with", "meeting", "hugging", "kissing", "holding hands with", "shaking hands with",
     "dancing with", "fighting", "fighting with", "and")
 # A reply that points at a sentence. Letters must be capitals: "a" alone is an answer cut short.
-POINTED = re.compile(
-    r"(?:(?i:the|sentence|option) )?(?:((?i:first)|1|A)|((?i:second)|2|B))(?: (?i:sentence|one))?"
-    r"(?i: is (?:the )?(?:right|correct)(?: one| sentence)?| correctly describes the image)?")
+POINTED = re.compile(r"""
+    (?:(?i:the|sentence|option)\ )?                   # "the", "sentence"
+    (?:((?i:first)|1|A)|((?i:second)|2|B))            # group 1: the first one; group 2: the second
+    (?:\ (?i:sentence|one))?                          # "first sentence"
+    (?i:\ is\ (?:the\ )?(?:right|correct)(?:\ one|\ sentence)?  # "is the right one"
+       |\ correctly\ describes\ the\ image)?          # or in the question's words
+    """, re.VERBOSE)
 
 
 # ---- judging -------------------------------------------------------------------------------------
@@ -77,7 +80,8 @@ def judge(answer, question, true, false):
     pointed = POINTED.fullmatch(answer)
     if pointed:
         true_is_first = question.find(true) < question.find(false)
-        return "right" if (pointed[1] is not None) == true_is_first else "wrong"
+        named_first = pointed[1] is not None
+        return "right" if named_first == true_is_first else "wrong"
 
     if (true in answer.lower()) == (false in answer.lower()):
         return None
@@ -89,19 +93,19 @@ def verdict(sample, answer):
     return judge(answer, sample["question"], sample["label"], sample["false"])
 
 
-def score_answer(sample, answer):
+def score_reply(sample, answer):
     """Returns 1 for a right answer, else 0."""
     return float(verdict(sample, answer) == "right")
 
 
 def answer_rates(rows, form):
-    """Returns further lines of the table: how many replies name a sentence, and are right then."""
+    """Returns further rows of the table: how many replies name a sentence, and are right then."""
     verdicts = [verdict(row, row[form]) for row in rows]
     named = [v for v in verdicts if v is not None]
-    lines = {"answered": 100 * len(named) / len(verdicts)}
+    rates = {"answered": 100 * len(named) / len(verdicts)}
     if named:
-        lines["right if answered"] = 100 * named.count("right") / len(named)
-    return lines
+        rates["right if answered"] = 100 * named.count("right") / len(named)
+    return rates
 
 
 # ---- building ------------------------------------------------------------------------------------
@@ -147,10 +151,8 @@ def usable_rows(path, kind):
 def crop(images, name, box):
     """Returns a picture's part in the box, but nothing beyond its border (ARO has black there)."""
     prepared.check_inside(images, name)
-    try:
+    with at("the picture is broken"):
         image = load_image(images / name)
-    except BadInput as error:
-        raise BadInput(f"the picture is broken: {error}") from None
     x, y, w, h = box
     left, top = max(0, x), max(0, y)
     right, bottom = min(image.width, x + w), min(image.height, y + h)
@@ -159,8 +161,8 @@ def crop(images, name, box):
     return image.crop((left, top, right, bottom))
 
 
-def pick_rows(path, kind, images, folder, n, seed, tts="espeak"):
-    """Returns (n lines for samples.jsonl, skipped lines) from one of ARO's files.
+def pick_rows(path, kind, args):
+    """Returns (args.n lines for samples.jsonl, skipped lines) from one of ARO's files.
 
     A hash of the seed and the row puts the rows in order, and the first n that have a picture, and
     that the voice can say, are taken. So neither the file's order nor an unusable row changes which
@@ -168,47 +170,48 @@ def pick_rows(path, kind, images, folder, n, seed, tts="espeak"):
     """
     rows, skipped = usable_rows(path, kind)
     lines = []
-    for row in sorted(rows, key=lambda row: random.Random(f"{seed}/{row}").random()):
-        if len(lines) == n:
+    for row in sorted(rows, key=lambda row: random.Random(f"{args.seed}/{row}").random()):
+        if len(lines) == args.n:
             break
-        (image, box, true, false), name = row, rows[row]
-        try:
-            if tts == "mms":
-                speech.in_words(QUESTION.format(true, false))
-            save_png(folder / f"images/{name}.png", crop(images, image, box))
-        except BadInput as error:
-            skipped.append({"id": name, "skipped": str(error)})
-            continue
-
-        # The true sentence stands first in every other line. The id says where it stands: speech
-        # that lies there under this name never asks in the other order.
-        pair = (false, true) if len(lines) % 2 else (true, false)
-        spoken = f"{name}-{1 + pair.index(true)}"
-        lines.append({"id": spoken, "image": f"images/{name}.png",
-                      "question": QUESTION.format(*pair), "audio": f"audio/{spoken}.flac",
-                      "answer": true, "kind": kind, "label": true, "false": false})
-    if len(lines) < n:
-        reasons = Counter(line["skipped"].split(":")[0] for line in skipped).most_common()
-        raise BadInput(f"{path}: {len(lines)} rows can be used, {n} are needed; the others: "
-                       + (", ".join(f"{count} x {why}" for why, count in reasons) or "none"))
+        task = rows[row], *row
+        line = prepared.attempt(make_line, task, kind=kind, is_swapped=len(lines) % 2, args=args)
+        (skipped if "skipped" in line else lines).append(line)
+    if len(lines) < args.n:
+        reasons = [f"{count} x {why}" for why, count in prepared.count_reasons(skipped)]
+        raise BadInput(f"{path}: {len(lines)} rows can be used, {args.n} are needed; the others: "
+                       f"{', '.join(reasons) or 'none'}")
     return lines, skipped
+
+
+def make_line(name, image, box, true, false, kind, is_swapped, args):
+    """Cuts out a row's picture and returns its line. is_swapped: the false sentence stands first"""
+    pair = (false, true) if is_swapped else (true, false)
+    question = QUESTION.format(*pair)
+    if args.tts == "mms":
+        speech.in_words(question)  # raises BadInput if the voice cannot say it
+    save_png(Path(args.out) / f"images/{name}.png", crop(Path(args.images), image, box))
+
+    # The id says where the true sentence stands: speech that lies there under this name never asks
+    # in the other order.
+    spoken = f"{name}-{1 + pair.index(true)}"
+    return {"id": spoken, "image": f"images/{name}.png", "question": question,
+            "audio": f"audio/{spoken}.flac", "answer": true, "kind": kind, "label": true,
+            "false": false}
 
 
 def build(args):
     """Makes MMAlign from ARO's files: relations and attributes in turn, cut out and spoken."""
-    folder, images = Path(args.out), Path(args.images)
-    draw = images, folder, args.n, args.seed, args.tts
-    relations, skipped = pick_rows(args.relation, "relation", *draw)
-    attributes, also_skipped = pick_rows(args.attribution, "attribute", *draw)
+    relations, skipped = pick_rows(args.relation, "relation", args)
+    attributes, also_skipped = pick_rows(args.attribution, "attribute", args)
     lines = [line for pair in zip(relations, attributes) for line in pair]
-    lines = speech.speak_all(lines, folder, args, HELD_OUT_VOICES)
+    lines = speech.speak_all(lines, Path(args.out), args, HELD_OUT_VOICES)
     for line in lines:
         if "skipped" in line:  # with one question less, the halves would not be equal any more
             raise BadInput(f"{line['id']} cannot be spoken: {line['skipped']}")
-    prepared.write(folder, [*lines, *skipped, *also_skipped])
+    prepared.write(Path(args.out), [*lines, *skipped, *also_skipped])
 
 
-def build_arguments(arguments):
+def build_arguments(words):
     """Reads the command line of `build`."""
     parser = argparse.ArgumentParser(prog="mmalign.py build", description="MMAlign from ARO")
     add = parser.add_argument
@@ -220,8 +223,10 @@ def build_arguments(arguments):
     add("--n", type=int, default=300, help="questions of each kind, an even number")
     add("--run", help="a run: who spoke in its training speaks here (--tts, --voice override)")
     speech.add_voice_arguments(add, None)
-    args = parser.parse_args(arguments)
-    settings = runs.about(args.run)["settings"] or {} if args.run else {}
+    args = parser.parse_args(words)
+    settings = {}
+    if args.run:
+        settings = runs.about(args.run)["settings"] or {}  # an LVLM's folder has none
     args.tts = args.tts or settings.get("tts", "espeak")
     args.voice = args.voice or settings.get("voice") or speech.MMS_VOICE
     del args.run  # the folder tells the voice
@@ -235,9 +240,9 @@ def main():
         args = build_arguments(sys.argv[2:])
         prepared.prepare(args, build)
     else:
-        args = eval.arguments(__doc__).parse_args()
+        args = arguments(__doc__).parse_args()
         more = answer_rates if args.data else None
-        eval.report(args, shapes.ALIGN_KINDS, "MMAlign mean", score_answer, more)
+        report(args, shapes.ALIGN_KINDS, "MMAlign mean", score_reply, more)
 
 
 if __name__ == "__main__":

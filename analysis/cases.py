@@ -16,29 +16,22 @@ from pathlib import Path
 
 from eval import score_answer
 from plumbing import runs, tables
-from plumbing.files import BadInput, json_lines, readable_errors, write_text
+from plumbing.files import BadInput, readable_errors, write_text
 from plumbing.media import load_image
-
-
-def read_answers(run):
-    """Returns the rows that eval.py kept: samples with their "text" and "audio" answers."""
-    path = runs.place_for_answers(run) / "answers-mean.jsonl"
-    if not path.exists():
-        raise BadInput(f"{run}: has no answers yet; `python eval.py {run}` asks it")
-    return [row for _, row in json_lines(path)]
 
 
 def pick_cases(groups, n):
     """Returns n cases, (sample, {"name, audio": answer}) each, of {name: {seed: run}}."""
-    columns, first = {}, None
+    answers, columns = {}, {}
     for name, by_seed in groups.items():
         # A question is known by its file and line, as not all runs may have been asked the same.
-        rows = {row["where"]: row for row in read_answers(next(iter(by_seed.values())))}
-        first = first or rows
-        columns.setdefault("text", {place: row["text"] for place, row in rows.items()})
+        rows = {row["where"]: row for row in runs.read_answers(next(iter(by_seed.values())))}
+        answers[name] = rows
+        columns.setdefault("text", {where: row["text"] for where, row in rows.items()})
         if next(iter(rows.values()))["audio"] is not None:
-            columns[f"{name}, audio"] = {place: row["audio"] for place, row in rows.items()}
+            columns[f"{name}, audio"] = {where: row["audio"] for where, row in rows.items()}
 
+    first = next(iter(answers.values()))
     common = set(first).intersection(*columns.values())
     places = [place for place, row in first.items() if place in common and "image" in row]
     drawn = random.Random(0).sample(places, min(n, len(places)))
@@ -71,7 +64,7 @@ def main():
     parser = runs.arguments(__doc__)
     parser.set_defaults(n=8)
     args = parser.parse_args()
-    groups = runs.group_runs(args.runs or runs.default_runs(args.preset, args.seed))
+    groups = runs.group_runs(runs.asked_for(args))
     cases, out = pick_cases(groups, args.n), Path(args.out)
     if not cases:
         raise BadInput("the runs have no question with a picture in common")

@@ -13,7 +13,6 @@ import re
 import statistics
 from pathlib import Path
 
-from analysis.cases import read_answers
 from eval import mean_scores
 from plumbing import runs, tables
 from plumbing.files import BadInput, readable_errors
@@ -32,7 +31,7 @@ def scores_of(folder):
     for name, by_seed in runs.group_runs(paths).items():
         scores[name] = {"text": [], "audio": []}
         for run in by_seed.values():
-            rows = read_answers(run)
+            rows = runs.read_answers(run)
             for form, seeds in scores[name].items():
                 if rows[0][form] is not None:
                     seeds.append(statistics.fmean(mean_scores(rows, form, shapes.KINDS).values()))

@@ -273,7 +273,7 @@ def score_subject(subject, files, args):
 # ---- the report ----------------------------------------------------------------------------------
 
 
-def report(args):
+def report_benchmarks(args):
     """Asks every run, and the server; prints the table, and writes it as JSON and as a picture."""
     files, groups, results, out = bench_files(args.bench), {}, {}, Path(args.out)
 

@@ -24,15 +24,15 @@ class BadInput(Exception):
 
 
 @contextlib.contextmanager
-def at(place):
-    """Turns any error inside into a BadInput that begins with the place: "samples.jsonl:7: ..."."""
+def at(where):
+    """Turns any error inside into a BadInput that begins with `where`: "samples.jsonl:7: ..."."""
     try:
         yield
     except Exception as error:
-        if isinstance(error, BadInput) and str(error).startswith(str(place)):
-            raise  # it names the place already
+        if isinstance(error, BadInput) and str(error).startswith(str(where)):
+            raise  # it says where already
         kind = "" if isinstance(error, (BadInput, OSError)) else f"{type(error).__name__}: "
-        raise BadInput(f"{place}: {kind}{one_line(error)}") from error
+        raise BadInput(f"{where}: {kind}{one_line(error)}") from error
 
 
 @contextlib.contextmanager
@@ -55,8 +55,10 @@ def readable_errors():
         unknown = isinstance(error, RuntimeError) and not dead
         if unknown or os.environ.get("SELF_KD_TRACEBACK"):
             raise
-        hint = " (another process of this job failed and says why, or was killed)"
-        sys.exit(f"error: {one_line(error)}{hint * (isinstance(error, RuntimeError))}")
+        hint = ""
+        if isinstance(error, RuntimeError):
+            hint = " (another process of this job failed and says why, or was killed)"
+        sys.exit(f"error: {one_line(error)}{hint}")
 
 
 def one_line(error, most=1000):

@@ -9,7 +9,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from safetensors.torch import save_file
 
-from plumbing.files import BadInput, at, read_json, written_folder
+from plumbing.files import BadInput, at, json_lines, read_json, written_folder
 from plumbing.processes import default_device
 
 # ---- one run -------------------------------------------------------------------------------------
@@ -29,16 +29,17 @@ def finished(run):
 
 
 def about(run):
-    """Returns a finished run's ollm.json as a dict; of an LVLM's folder or hub id, one like it.
+    """Returns a finished run's ollm.json as a dict; of an LVLM's folder or hub id, the same keys.
 
     Raises BadInput if it is neither.
     """
     path = Path(run) / "ollm.json"
     if finished(run):
         with at(path):
-            about = read_json(path)
-            about["settings"], about["base"], about["training"]["stage"]  # without these, an error
-            return about
+            info = read_json(path)
+            for key in ("settings", "base", "training"):
+                info[key]  # an error, if it is not there
+            return info
     is_hub_id = len(Path(run).parts) == 2 and not Path(run).is_absolute()
     if is_hub_id and not os.path.exists(run) or (Path(run) / "config.json").exists():
         return {"settings": None, "base": None,
@@ -79,12 +80,16 @@ def base_of(run):
 
 def name(run):
     """Returns what a run is called in a table, the same for all seeds: "SFT", "KD 0.75", ..."""
-    training = {"on_policy": 0, "temperature": 1, **about(run)["training"]}
+    training = about(run)["training"]
     if training["stage"] != "vision-audio":
         return {"vision-text": "base", "audio-text": "aligned"}[training["stage"]]
-    text = f"KD {training['alpha']:g}" if training["alpha"] or training["on_policy"] else "SFT"
-    text += f", on-policy {training['on_policy']:g}" if training["on_policy"] else ""
-    return text + (f", T {training['temperature']:g}" if training["temperature"] != 1 else "")
+    alpha, on_policy = training["alpha"], training["on_policy"]
+    text = f"KD {alpha:g}" if alpha or on_policy else "SFT"
+    if on_policy:
+        text += f", on-policy {on_policy:g}"
+    if training["temperature"] != 1:
+        text += f", T {training['temperature']:g}"
+    return text
 
 
 def differences(there, here, free=()):
@@ -110,7 +115,21 @@ def place_for_answers(run):
     """Returns where a run's answers are kept; those of a model that is no run lie beside ours."""
     if finished(run):
         return Path(run)
-    return Path("runs/asked") / str(run).strip("./").replace("/", "_")
+    parts = [part for part in Path(run).parts if part not in ("/", "..")]
+    return Path("runs/asked") / "_".join(parts)
+
+
+def answers_file(run, average):
+    """Returns the file of eval.py's answers, by the name of their mean in the table."""
+    return place_for_answers(run) / f"answers-{average.split()[0]}.jsonl"
+
+
+def read_answers(run):
+    """Returns the rows that eval.py kept: samples with their "text" and "audio" answers."""
+    path = answers_file(run, "mean")
+    if not path.exists():
+        raise BadInput(f"{run}: has no answers yet; `python eval.py {run}` asks it")
+    return [row for _, row in json_lines(path)]
 
 
 # ---- models --------------------------------------------------------------------------------------
@@ -142,14 +161,19 @@ def fingerprint(path):
 
 def default_runs(preset, seed):
     """Returns the runs of a preset and seed: base, after alignment, every alpha found."""
-    place = Path("runs") / preset
-    runs = [place / f"vision-text-s{seed}", place / f"audio-text-s{seed}",
-            *sorted(place.glob(f"vision-audio-a*-s{seed}"), key=lambda path: path.name)]
+    parent = Path("runs") / preset
+    runs = [parent / f"vision-text-s{seed}", parent / f"audio-text-s{seed}",
+            *sorted(parent.glob(f"vision-audio-a*-s{seed}"), key=lambda path: path.name)]
     runs = [run for run in runs if finished(run)]
     if not runs:
-        raise BadInput(f"{place}: no finished run of seed {seed}; "
+        raise BadInput(f"{parent}: no finished run of seed {seed}; "
                        f"`torchrun train.py --seed {seed}` makes one")
     return runs
+
+
+def asked_for(args):
+    """Returns the runs that a command names, or else those of its --preset and --seed."""
+    return args.runs or default_runs(args.preset, args.seed)
 
 
 def group_runs(paths):

@@ -1,6 +1,7 @@
 """Tables and figures: one way to write a Markdown table, a CSV and a PNG, for every script."""
 
 import csv
+import itertools
 import statistics
 
 import torch
@@ -75,9 +76,9 @@ def cell(values, digits=1):
 
 
 def table_columns(groups):
-    """Returns {column: [{line: value} of each seed]} from {run name: [summary of each seed]}.
+    """Returns {column: [{row: value} of each seed]} from {run name: [summary of each seed]}.
 
-    A summary is {"text": {line: value}, "audio": {line: value}}. Runs on one base give the same
+    A summary is {"text": {row: value}, "audio": {row: value}}. Runs on one base give the same
     written answers, as their LVLM is frozen: those stand once, before the spoken ones.
     """
     texts, columns = [], {}
@@ -88,18 +89,24 @@ def table_columns(groups):
             columns["text" if len(texts) == 1 else f"text, {name}"] = text
         if "audio" in summaries[0]:
             columns[f"{name}, audio"] = [summary["audio"] for summary in summaries]
-            columns[f"{name}, gap"] = [
-                {line: value - summary["audio"][line] for line, value in summary["text"].items()
-                 if line in summary["audio"]} for summary in summaries]
+            columns[f"{name}, gap"] = [gap(summary) for summary in summaries]
     return columns
 
 
+def gap(summary):
+    """Returns {row: text - audio} of a summary, for the rows that have both."""
+    text, audio = summary["text"], summary["audio"]
+    return {row: text[row] - audio[row] for row in text if row in audio}
+
+
 def print_summaries(groups):
-    """Prints {run name: [summary of each seed]} as a table, a line for each kind and measure."""
+    """Prints {run name: [summary of each seed]} as a table, a row for each kind and measure."""
     columns = table_columns(groups)
-    lines = dict.fromkeys(line for seeds in columns.values() for line in seeds[0])
-    rows = [[line, *(cell([seed.get(line) for seed in seeds]) for seeds in columns.values())]
-            for line in lines]
+    names = dict.fromkeys(name for seeds in columns.values() for name in seeds[0])
+    rows = []
+    for name in names:
+        cells = [cell([seed.get(name) for seed in seeds]) for seeds in columns.values()]
+        rows.append([name, *cells])
     print_table(["", *columns], rows)
 
 
@@ -150,7 +157,8 @@ def plot_curves(panels, xlabel, ylabel, path, rows=1, sharey=False, looks=LOOKS,
     figure, grid = blank_figure(3.4 * columns, 2.5 * rows + 1, rows, columns, sharex=True,
                                 sharey=sharey)
     for axes, (title, curves) in zip(grid.flat, panels.items()):
-        for (label, values, spread), (color, marker, line) in zip(curves, looks * len(curves)):
+        cycle = itertools.cycle(looks)
+        for (label, values, spread), (color, marker, line) in zip(curves, cycle):
             x = range(first, first + len(values))
             axes.plot(x, values, line, color=color, marker=marker if len(x) < 50 else "",
                       markersize=5, label=label)

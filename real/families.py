@@ -1,4 +1,4 @@
-"""What differs between LVLMs beside their weights: how each is spoken to and shown pictures.
+"""What differs between LVLM families: chat format, special tokens, picture patches, positions.
 
 CHATS has a row for each family, named by its LLM (transformers' `text_config.model_type`, the
 setting "llm"): all that stands around a question, to the letter, as the LVLM learnt it. One more
@@ -142,7 +142,7 @@ def picture_patches(image, settings):
     from transformers import Qwen2VLImageProcessorPil  # seconds, which other LVLMs need not wait
 
     area = settings["image_size"] ** 2
-    size = {"shortest_edge": settings["min_tiles"] * area,  # areas, whatever they are called
+    size = {"shortest_edge": settings["min_tiles"] * area,  # transformers calls these areas edges
             "longest_edge": settings["max_tiles"] * area}
     with at("the picture"):  # one that is 200 times as long as wide is refused
         return dict(Qwen2VLImageProcessorPil(size=size)(image, return_tensors="pt"))

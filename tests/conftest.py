@@ -97,12 +97,17 @@ def build_ollm(dtype=torch.float64, max_tiles=1):
     return to_float64(ollm) if dtype == torch.float64 else ollm
 
 
+def run_config(stage, alpha=0.0, seed=0):
+    """What a run's ollm.json tells of its training, as far as tables need it."""
+    return {"stage": stage, "alpha": alpha, "seed": seed, "on_policy": 0.0, "temperature": 1.0}
+
+
 def save_runs(folder, name="audio", stage="audio-text", alpha=0.0):
     """Writes two runs with random weights, folder/base and one that listens, folder/name."""
     ollm = build_ollm(torch.float32)
-    runs.save(ollm, folder / "base", {"stage": "vision-text", "alpha": 0.0, "seed": 0})
+    runs.save(ollm, folder / "base", run_config("vision-text"))
     ollm.base = folder / "base"
-    runs.save(ollm, folder / name, {"stage": stage, "alpha": alpha, "seed": 0})
+    runs.save(ollm, folder / name, run_config(stage, alpha))
     return folder
 
 

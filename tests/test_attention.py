@@ -9,7 +9,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import build_ollm, collate, run_here
+from conftest import build_ollm, collate, run_config, run_here
 from test_model import ANSWERS, QUESTIONS, make_samples
 
 import data
@@ -140,13 +140,13 @@ def test_eager_sdpa_and_the_shared_prefix_agree(ollm, samples, form):
 def runs(tmp_path_factory, world):
     """A base and what listens for it: aligned, and Self-KD of two seeds. Weights are random."""
     folder, ollm = tmp_path_factory.mktemp("runs") / "runs/shapes", build_ollm(torch.float32)
-    save_run(ollm, folder / "vision-text-s0", {"stage": "vision-text", "alpha": 0.0, "seed": 0})
+    save_run(ollm, folder / "vision-text-s0", run_config("vision-text"))
     ollm.base = folder / "vision-text-s0"
     for name, stage, alpha, seed in (("audio-text-s0", "audio-text", 0.0, 0),
                                      ("vision-audio-a0.75-s0", "vision-audio", 0.75, 0),
                                      ("vision-audio-a0.75-s1", "vision-audio", 0.75, 1)):
         torch.nn.init.normal_(ollm.projector.weight, std=0.3 + seed)
-        save_run(ollm, folder / name, {"stage": stage, "alpha": alpha, "seed": seed})
+        save_run(ollm, folder / name, run_config(stage, alpha, seed))
     for seed in (0, 1):
         shutil.copytree(world / "test", folder / f"data-s{seed}/test")
     return folder.parent.parent

@@ -1,5 +1,6 @@
 """MMAlign from ARO's files: what is drawn, cut, asked and left out; the judge; the table."""
 
+import argparse
 import json
 import random
 import shutil
@@ -103,7 +104,8 @@ def pick_rows(aro, out, rows=None, seed=0, images="images", kind="relation", n=N
     (out / "images").mkdir(parents=True, exist_ok=True)
     rows = rows or json.loads((aro / "relation.json").read_text())
     (out / "rows.json").write_text(json.dumps(rows))
-    return mmalign.pick_rows(out / "rows.json", kind, aro / images, out, n, seed)
+    args = argparse.Namespace(images=aro / images, out=out, n=n, seed=seed, tts="espeak")
+    return mmalign.pick_rows(out / "rows.json", kind, args)
 
 
 def test_every_question_is_built_as_promised_and_the_true_sentence_is_first_in_half(built):
@@ -343,7 +345,7 @@ def test_the_built_in_world_is_scored_by_its_own_rule():
             reply = words[number]
         rest = reply.replace(sample["question"], " ")
         expected = float(sample["label"] in rest and sample["false"] not in rest)
-        assert mmalign.score_answer(sample, reply) == expected, (sample, reply)
+        assert mmalign.score_reply(sample, reply) == expected, (sample, reply)
         scores[expected] += 1
     assert min(scores.values()) > 500
 
