@@ -4,10 +4,10 @@
     python eval.py RUN --bench MME.tsv --suffix written      # options and format stay in writing
     python eval.py --endpoint URL --model NAME --bench DIR   # any model behind a chat server
 
-Files, prompts and scores are those of scorers.py; here they are asked. Answers are appended to
-RUN/predictions batch by batch, so an evaluation that was interrupted goes on where it stopped and
-ends with the same file. A model that is no run of ours has its answers in runs/asked/NAME, a
-server's in runs/endpoint/NAME.
+questions.py reads the files and writes the prompts, scorers.py scores; here they are asked. Answers
+are appended to RUN/predictions batch by batch, so an evaluation that was interrupted goes on where
+it stopped and ends with the same file. A model that is no run of ours has its answers in
+runs/asked/NAME, a server's in runs/endpoint/NAME.
 """
 
 import argparse
@@ -17,12 +17,15 @@ import json
 import math
 import re
 import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tqdm import tqdm
 
 from benchmarks import endpoint
-from benchmarks.scorers import BENCHMARKS, image_of, prompt, read_tsv, score
+from benchmarks.questions import image_of, prompt, read_tsv
+from benchmarks.scorers import BENCHMARKS, score
 from data import picture_inputs
 from model import OLLM
 from plumbing import runs
@@ -97,7 +100,7 @@ def bench_rows(path, n, suffix, llm="qwen2"):
 def bench_sample(row, forms, settings, args):
     """Returns a row as a sample: its picture, and its prompt in writing, and aloud if need be.
 
-    settings: of the picture's tiles, as model.py has them; None leaves it as it is (a server's)
+    settings: of the picture's tiles, as model.py has them; {} leaves it as it is (a server's)
     """
     with at(row["where"]):
         sample = {"where": row["where"], "image": image_of(row), "question": row["prompt"],
@@ -155,35 +158,53 @@ def speak_rows(rows, args):
 # ---- answers -------------------------------------------------------------------------------------
 
 
-def run_subject(run, args):
-    """Returns a run, or any LVLM that model.py reads, as a dict of all that asking it needs.
+@dataclass
+class Subject:
+    """A model that is asked: a run, any LVLM that model.py reads, or a server's."""
+    label: str  # in printed lines
+    name: str  # in tables, the same for all seeds
+    folder: Path  # of its predictions
+    forms: tuple  # that it understands: "text", "audio"
+    answer: Callable  # function of (samples, forms) that returns {form: [answer, ...]}
+    settings: dict = field(default_factory=dict)  # model.py's; a server's are not ours to know
+    version: str = ""  # 8 hex digits of its weights
 
-    "label", "name" in tables (the same for all seeds), "folder" of its predictions, "forms" that it
-    understands, "settings" of its tiles, "version" (8 hex digits of its weights), and "answer", a
-    function of (samples, forms) that returns {form: [answer, ...]}.
-    """
-    ollm, about = OLLM.load(run, args.device).eval(), runs.about(run)
+
+def subjects(args):
+    """Yields the runs that args name, then the server's model."""
+    if args.runs or not args.endpoint:
+        for run in runs.asked_for(args):
+            yield run_subject(run, args)
+    if args.endpoint:
+        yield server_subject(args)
+
+
+def run_subject(run, args):
+    """Returns a run, or any LVLM that model.py reads."""
+    ollm, info = OLLM.load(run, args.device).eval(), runs.about(run)
     settings = dict(ollm.settings)
     if args.max_tiles is not None:
         settings["max_tiles"] = args.max_tiles
 
     # A run that is trained anew in the same folder, or on another base, is asked anew.
-    weights = runs.fingerprint(run) + about.get("base_fingerprint", "")
-    return {"label": str(run), "name": runs.name(run), "folder": runs.place_for_answers(run),
-            "forms": ("text",) if ollm.audio_encoder is None else ("text", "audio"),
-            "settings": settings, "version": hashlib.sha256(weights.encode()).hexdigest()[:8],
-            "answer": functools.partial(ollm.answer, max_new_tokens=args.max_new_tokens)}
+    weights = runs.fingerprint(run) + info.get("base_fingerprint", "")
+    return Subject(
+        label=str(run), name=runs.name(run), folder=runs.place_for_answers(run),
+        forms=("text",) if ollm.audio_encoder is None else ("text", "audio"),
+        answer=functools.partial(ollm.answer, max_new_tokens=args.max_new_tokens),
+        settings=settings, version=hashlib.sha256(weights.encode()).hexdigest()[:8])
 
 
 def server_subject(args):
-    """Returns the server's model as such a dict; its settings and version are not ours to know."""
+    """Returns the server's model."""
     if not args.model:
         raise BadInput("--endpoint needs --model, the name of the server's model")
     name = re.sub(r"[^\w.-]+", "-", args.model).strip(".")
-    return {"label": args.model, "name": args.model, "folder": Path("runs/endpoint") / name,
-            "forms": ("text", "audio"), "settings": None,
-            "answer": functools.partial(endpoint.answer, args.endpoint, args.model,
-                                        max_new_tokens=args.max_new_tokens)}
+    return Subject(
+        label=args.model, name=args.model, folder=Path("runs/endpoint") / name,
+        forms=("text", "audio"),
+        answer=functools.partial(endpoint.answer, args.endpoint, args.model,
+                                 max_new_tokens=args.max_new_tokens))
 
 
 def read_predictions(path, batches):
@@ -227,8 +248,8 @@ def predict(subject, settings, rows, path, args):
     for batch in tqdm(batches, desc=str(path), unit="batch"):
         if batch[0]["index"] in predictions:  # and so are the others: there are whole batches only
             continue
-        samples = [bench_sample(row, subject["forms"], settings, args) for row in batch]
-        answers = {"audio": [None] * len(batch), **subject["answer"](samples, subject["forms"])}
+        samples = [bench_sample(row, subject.forms, settings, args) for row in batch]
+        answers = {"audio": [None] * len(batch), **subject.answer(samples, subject.forms)}
 
         # A batch is on disk before the next is asked.
         lines = [{"index": row["index"], "prompt": row["prompt"], "answer": row["answer"],
@@ -242,32 +263,42 @@ def predict(subject, settings, rows, path, args):
 
 def score_subject(subject, files, args):
     """Returns {form: {benchmark: what `score` gives}} of a subject on these files."""
-    results, settings = {form: {} for form in subject["forms"]}, subject["settings"]
-    args = with_voice(args, settings or {})
-    suffix = args.suffix or (settings or {}).get("suffix", "spoken")
-    if "audio" in subject["forms"]:
-        print(f"{subject['label']}: spoken by {args.tts} ({args.voice}), format suffixes {suffix}")
+    results = {form: {} for form in subject.forms}
+    args = with_voice(args, subject.settings)
+    suffix = args.suffix or subject.settings.get("suffix", "spoken")
+    if "audio" in subject.forms:
+        print(f"{subject.label}: spoken by {args.tts} ({args.voice}), format suffixes {suffix}")
     for file in files:
-        # The name tells all that answers depend on, so no others are taken for them.
-        settings, voice = subject["settings"], args.voice.replace("/", "_")
-        name = f"{file.stem}-{suffix}-{voice}-{args.max_new_tokens}tokens"
-        if settings and args.vlmevalkit_tiles:
-            tiles = {"max_tiles": VLMEVALKIT_TILES.get(file.stem, 6)}
-            settings = settings | (QWEN2_VL_TILES if "min_tiles" in settings else tiles)
-        if settings:
-            name += f"-{settings['max_tiles']}tiles-{subject['version']}"
-
-        rows = bench_rows(file, args.n, suffix, (settings or {}).get("llm", "qwen2"))
-        if args.tts == "mms" and "audio" in subject["forms"]:
+        settings = tile_settings(subject.settings, file.stem, args)
+        rows = bench_rows(file, args.n, suffix, settings.get("llm", "qwen2"))
+        if args.tts == "mms" and "audio" in subject.forms:
             speak_rows(rows, args)
-        path = subject["folder"] / f"predictions/{name}.jsonl"
+        path = predictions_file(subject, settings, file.stem, suffix, args)
         with only_writer(path.parent):
             predictions = predict(subject, settings, rows, path, args)
-        for form in subject["forms"]:
+        for form in subject.forms:
             for row in rows:
                 row["prediction"] = predictions[row["index"]][form]
             results[form][file.stem] = score(file.stem, rows)
     return results
+
+
+def tile_settings(settings, benchmark, args):
+    """Returns the settings of a benchmark's tiles: a subject's own, or VLMEvalKit's."""
+    if not settings or not args.vlmevalkit_tiles:
+        return settings
+    if "min_tiles" in settings:
+        return settings | QWEN2_VL_TILES
+    return settings | {"max_tiles": VLMEVALKIT_TILES.get(benchmark, 6)}
+
+
+def predictions_file(subject, settings, benchmark, suffix, args):
+    """Returns where predictions are kept. The name tells all that they depend on."""
+    voice = args.voice.replace("/", "_")
+    name = f"{benchmark}-{suffix}-{voice}-{args.max_new_tokens}tokens"
+    if settings:
+        name += f"-{settings['max_tiles']}tiles-{subject.version}"
+    return subject.folder / f"predictions/{name}.jsonl"
 
 
 # ---- the report ----------------------------------------------------------------------------------
@@ -276,23 +307,15 @@ def score_subject(subject, files, args):
 def report_benchmarks(args):
     """Asks every run, and the server; prints the table, and writes it as JSON and as a picture."""
     files, groups, results, out = bench_files(args.bench), {}, {}, Path(args.out)
-
-    def add(subject):
-        """Asks one model, and adds its scores to the table."""
+    for subject in subjects(args):
         scores = score_subject(subject, files, args)
-        results[subject["label"]] = scores
+        results[subject.label] = scores
         column = {form: measures(benchmarks) for form, benchmarks in scores.items()}
-        groups.setdefault(subject["name"], []).append(column)
-
-    # One model at a time is in memory.
-    names = args.runs or ([] if args.endpoint else runs.default_runs(args.preset, args.seed))
-    for run in names:
-        add(run_subject(run, args))
-    if args.endpoint:
-        add(server_subject(args))
+        groups.setdefault(subject.name, []).append(column)
+        del subject  # one model at a time is in memory
 
     print_summaries(groups)
-    print_differences(results)
+    print_bench_differences(results)
     content = json.dumps({"table": groups, "runs": results}, indent=1)
     write_text(out / "benchmarks.json", content + "\n")
     print(out / "benchmarks.json")
@@ -301,7 +324,7 @@ def report_benchmarks(args):
 
 
 def measures(results):
-    """Returns {line: value} of the table from {benchmark: scores} of one run and form."""
+    """Returns {row: value} of the table from {benchmark: scores} of one run and form."""
     columns, details = {}, {}
     for name, result in results.items():
         for column, key in BENCHMARKS[name].items():
@@ -314,7 +337,7 @@ def measures(results):
     return {**columns, **mean, **details}
 
 
-def print_differences(results):
+def print_bench_differences(results):
     """Prints differences of the mean score: speech against text, and run against run."""
     listening = {label: scores for label, scores in results.items() if "audio" in scores}
     first = next(iter(listening), None)
@@ -342,8 +365,8 @@ def draw_bars(groups, columns, path):
     figure, grid = blank_figure(2 + 1.2 * len(columns), 4)
     axes, width = grid[0, 0], 0.8 / len(bars)
     for i, (label, values) in enumerate(bars.items()):
-        places = [x - 0.4 + (i + 0.5) * width for x in range(len(columns))]
-        axes.bar(places, values, width, label=label, color=COLORS[i % len(COLORS)])
+        positions = [x - 0.4 + (i + 0.5) * width for x in range(len(columns))]
+        axes.bar(positions, values, width, label=label, color=COLORS[i % len(COLORS)])
     axes.set_xticks(range(len(columns)), columns)
     axes.set_ylabel("score (%)")
     figure.legend(loc="outside upper center", ncols=4, fontsize="small")

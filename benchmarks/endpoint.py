@@ -35,7 +35,7 @@ def answer(url, model, samples, forms, max_new_tokens):
     answers = {}
     for form in forms:
         messages = [message(sample, form) for sample in samples]
-        answers[form] = [answer_one(url, model, one, max_new_tokens) for one in messages]
+        answers[form] = [request_answer(url, model, one, max_new_tokens) for one in messages]
     return answers
 
 
@@ -62,7 +62,7 @@ def message(sample, form):
     return {"role": "user", "content": content}
 
 
-def answer_one(url, model, message, max_new_tokens):
+def request_answer(url, model, message, max_new_tokens):
     """Returns a server's answer to one user message.
 
     Raises BadInput if the server refuses, or fails TRIES times in a row.

@@ -1,31 +1,24 @@
-"""The paper's seven benchmarks: how their files are read, what is asked, how answers are scored.
+"""How answers to the paper's seven benchmarks are scored.
 
     python eval.py RUN --bench DIR     # a run on the files in DIR: MME.tsv, HallusionBench.tsv, ...
 
-The files are VLMEvalKit's (https://opencompass.openxlab.space/utils/VLMEval/MME.tsv and so on): a
-row a question, its picture in base64. Prompts and scores are those that VLMEvalKit used for
-InternVL2 and Qwen2-VL in February 2025, when the paper was written, without a judge model: an
-answer in the wrong form is wrong. Each scorer names the function there that it follows, with all
-its quirks. Later versions changed some of them, so scores of today's VLMEvalKit differ.
+Scores are those that VLMEvalKit used for InternVL2 and Qwen2-VL in February 2025, when the paper
+was written, without a judge model: an answer in the wrong form is wrong. Each scorer names the
+function there that it follows, with all its quirks. Later versions changed some of them, so scores
+of today's VLMEvalKit differ.
 
 A row is a dict, {column: cell}. `score` takes rows from anywhere, each with its "prediction".
 """
 
 import ast
-import base64
-import csv
 import functools
-import io
 import re
-import string
-from pathlib import Path
 from statistics import fmean
 
 from torchaudio.functional import edit_distance
 
+from benchmarks.questions import need, options, text
 from plumbing.files import BadInput, at
-from plumbing.media import load_image
-from real.families import CHATS, QWEN2_VL
 
 # By the file's stem: the paper's columns, and which of the scorer's numbers stands in each.
 BENCHMARKS = {
@@ -37,143 +30,6 @@ BENCHMARKS = {
     "DocVQA_VAL": {"DocVQA": "overall"},
     "InfoVQA_VAL": {"InfoVQA": "overall"},
 }
-COLUMNS = ("index", "image", "question", "answer")  # in any order, among others
-MORE_COLUMNS = {"MME": ("category",), "HallusionBench": ("l2-category",)}  # which their scores need
-REFERENCE = 64  # an image cell of at most so many characters is the index of another row
-
-# Cells that pandas, with which VLMEvalKit reads its files, takes for empty ones.
-MISSING = {"", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND",
-           "1.#QNAN", "<NA>", "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null"}
-
-
-# ---- reading -------------------------------------------------------------------------------------
-
-
-def read_tsv(path):
-    """Returns (rows, dropped): a benchmark's questions, and how many rows had no picture.
-
-    Each row holds text alone, has no empty cells, and its "image" is the picture itself.
-    Raises BadInput for a file that is no such table, and for a row that lacks a cell.
-    """
-    needed = (*COLUMNS, *MORE_COLUMNS.get(Path(path).stem, ()))
-    rows, images, dropped = [], {}, 0
-    for row in table_rows(path, needed):
-        # HallusionBench asks 178 questions about no picture; VLMEvalKit drops them.
-        if "image" not in row:
-            dropped += 1
-            continue
-        for name in needed:
-            need(row, name)
-        if row["index"] in images:
-            raise BadInput(f"{row['where']}: an earlier row has the index {row['index']}, too")
-        images[row["index"]] = row["image"]
-        rows.append(row)
-
-    # Several questions about one picture: the others hold the index of the row that has it.
-    for row in rows:
-        if len(row["image"]) <= REFERENCE:
-            image = images.get(row["image"], "")
-            if len(image) <= REFERENCE:
-                raise BadInput(f"{row['where']}: the image is that of row {row['image']}, "
-                               "which has none of its own")
-            row["image"] = image
-    if not rows:
-        raise BadInput(f"{path}: has no row with a picture")
-    return rows, dropped
-
-
-def table_rows(path, needed):
-    """Yields each row of a TSV as {column: cell}, without empty cells, and its "where" (file:line).
-
-    needed: the columns that the first line must name
-    """
-    csv.field_size_limit(2**31 - 1)  # a cell holds a whole picture
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        lines = csv.reader(file, delimiter="\t", strict=True)
-        with at(f"{path}:1"):
-            header = next(lines, [])
-            lacking = [name for name in needed if name not in header]
-            if lacking:
-                raise BadInput(f"not a benchmark's table: no column {', '.join(lacking)}")
-
-        cells = header
-        while cells is not None:
-            # A cell may have several lines; the place is the row's first.
-            where = f"{path}:{lines.line_num + 1}"
-            with at(where):
-                cells = next(lines, None)
-                pairs = zip(header, cells, strict=True) if cells else ()
-                row = {name: cell for name, cell in pairs if has_value(name, cell)}
-            if cells:  # a blank line has none
-                yield {**row, "where": where}
-
-
-def has_value(column, cell):
-    """Tells whether a cell of the file has a value.
-
-    An option "None" counts as missing, as it does in VLMEvalKit's prompt. But questions and answers
-    are taken as they stand: pandas turns the answer "None" into NaN, a word that no model says.
-    """
-    return cell != "" if column in ("question", "answer") else cell not in MISSING
-
-
-def text(row, name, default=None):
-    """Returns a cell's text, or the default where it is absent, None or NaN."""
-    value = row.get(name)
-    return default if value is None or value != value else str(value)
-
-
-def need(row, name):
-    """Returns a cell's text. Raises BadInput if there is none."""
-    value = text(row, name)
-    if value is None:
-        raise BadInput(f"{row.get('where', 'index ' + text(row, 'index', '?'))}: has no {name}")
-    return value
-
-
-def image_of(row):
-    """Returns a row's picture, RGB. (VLMEvalKit saves it as JPEG first, and loses a little.)"""
-    return load_image(io.BytesIO(base64.b64decode(need(row, "image"))))
-
-
-# ---- asking --------------------------------------------------------------------------------------
-
-BRIEFLY = "Answer the question using a single word or phrase."
-
-
-def prompt(benchmark, row, llm="qwen2"):
-    """Returns an LVLM's prompt in two parts: the question, and all that follows it.
-
-    Follows InternVLChat.build_prompt, or Qwen2VLPromptMixin's; the parts are to be joined without a
-    blank. llm: model.py's setting, which names the family
-    """
-    if CHATS[llm] == QWEN2_VL:
-        return qwen2_vl_prompt(benchmark, row)
-    if benchmark == "RealWorldQA":
-        lines = [f"{letter}. {option}" for letter, option in options(row).items()]
-        lines += ["Answer with the option's letter from the given choices directly." if lines
-                  else "Answer the question directly."]
-        return need(row, "question"), "".join(f"\n{line}" for line in lines)
-    rest = {"MME": f" {BRIEFLY}", "HallusionBench": f" Please answer yes or no. {BRIEFLY}"}
-    return need(row, "question"), rest.get(benchmark, f"\n{BRIEFLY}")
-
-
-def qwen2_vl_prompt(benchmark, row):
-    """Returns Qwen2-VL's prompt in the same two parts."""
-    if benchmark == "RealWorldQA":
-        lines = [f"{letter}. {option}" for letter, option in options(row).items()]
-        if lines:
-            lines = ["Options:", *lines, "Please select the correct answer from the options above."]
-        return f"Question: {need(row, 'question')}", "".join(f"\n{line}" for line in lines)
-    briefly = "Please try to answer the question with short words or phrases if possible."
-    rest = {"MME": "", "HallusionBench": " Please answer yes or no."}
-    return need(row, "question"), rest.get(benchmark, f"\n{briefly}")
-
-
-def options(row):
-    """Returns a row's options, {letter: text}: the columns that are named by one capital letter."""
-    cells = {letter: text(row, letter) for letter in string.ascii_uppercase}
-    return {letter: option for letter, option in cells.items() if option}
 
 
 # ---- scoring -------------------------------------------------------------------------------------
@@ -398,7 +254,7 @@ CONTRACTIONS = {word[:i] + word[i + 1 :]: word
 CONTRACTIONS["somebody'd"] = "somebodyd"
 
 
-def normalize(reply):
+def normalize_reply(reply):
     """Follows process_answer: lower case, digits up to ten, no articles, apostrophes put back."""
     reply = remove_punctuation(reply.replace("\n", " ").replace("\t", " ").strip()).lower()
     words = [NUMBERS.get(word, word) for word in reply.split()]
@@ -412,7 +268,7 @@ def vqa_score(answers, reply):
     A third for each annotator who agrees, at most 1, averaged over leaving out each of them: with
     ten, one agreeing gives 0.3 and four give 1.
     """
-    agrees = [normalize(answer) == normalize(reply) for answer in answers]
+    agrees = [normalize_reply(answer) == normalize_reply(reply) for answer in answers]
     return fmean(min(1, (sum(agrees) - left_out) / 3) for left_out in agrees)
 
 

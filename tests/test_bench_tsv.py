@@ -145,16 +145,16 @@ def test_whole_batches_are_not_asked_again(place, tmp_path, monkeypatch):
 
     monkeypatch.setattr(ask, "speech", lambda *_: None)
     args = SimpleNamespace(batch=2, tts="espeak", voice="v", speech="speech")
-    subject = {"forms": ("text", "audio"), "answer": answer}
+    subject = ask.Subject("a", "a", tmp_path, ("text", "audio"), answer)
     rows = ask.bench_rows(place / "tsv/TextVQA_VAL.tsv", None, "spoken")
     path = tmp_path / "p.jsonl"
-    first = ask.predict(subject, None, rows, path, args)
+    first = ask.predict(subject, {}, rows, path, args)
     assert [first[row["index"]]["audio"] for row in rows] == ["audio 1", "audio 1", "audio 2"]
     lines = path.read_text().splitlines(keepends=True)
 
-    assert ask.predict(subject, None, rows, path, args) == first and len(batches) == 2
+    assert ask.predict(subject, {}, rows, path, args) == first and len(batches) == 2
     path.write_text("".join(lines[1:]))  # the last batch, and half of the first
-    again = ask.predict(subject, None, rows, path, args)
+    again = ask.predict(subject, {}, rows, path, args)
     assert [again[row["index"]]["text"] for row in rows] == ["text 3", "text 3", "text 2"]
     assert batches == [["2", "3"], ["4"], ["2", "3"]]
 

@@ -11,8 +11,8 @@ from conftest import FIXTURES
 from PIL import Image
 
 from benchmarks import scorers
-from benchmarks.scorers import (BENCHMARKS, image_of, option_letter, prompt, read_tsv, score,
-                                yes_or_no)
+from benchmarks.questions import image_of, options, prompt, read_tsv
+from benchmarks.scorers import BENCHMARKS, option_letter, score, yes_or_no
 from plumbing.files import BadInput
 
 WORDS = ["TextVQA_VAL", "ChartQA_TEST", "DocVQA_VAL", "InfoVQA_VAL"]  # answered in words
@@ -53,11 +53,11 @@ def test_replies_are_read_as_in_vlmevalkit():
         for row in golden(benchmark)["rows"]:
             assert yes_or_no(row["prediction"]) == row["expected"]["extracted"], row["prediction"]
     for row in golden("RealWorldQA")["rows"]:
-        letter = option_letter(row["prediction"], scorers.options(row))
+        letter = option_letter(row["prediction"], options(row))
         assert letter == row["expected"]["extracted"]
     for row in golden("TextVQA_VAL")["rows"]:
-        assert scorers.normalize(row["prediction"]) == row["expected"]["pred_norm"]
-        true = {scorers.normalize(answer) for answer in scorers.true_answers(row)}
+        assert scorers.normalize_reply(row["prediction"]) == row["expected"]["pred_norm"]
+        true = {scorers.normalize_reply(answer) for answer in scorers.true_answers(row)}
         assert sorted(true) == row["expected"]["gt_norm"]
 
 
@@ -169,7 +169,7 @@ def test_marks_are_deleted_or_become_spaces(reply, words):
 
 
 def test_tabs_and_new_lines_are_spaces_to_marks():
-    assert scorers.normalize("x,\ty,z") == scorers.normalize("x,\ny,z") == "x yz"
+    assert scorers.normalize_reply("x,\ty,z") == scorers.normalize_reply("x,\ny,z") == "x yz"
     # Not so for yes and no.
     assert (yes_or_no("well,\tyes,sir"), yes_or_no("well, yes,sir")) == ("Yes", "Unknown")
 
@@ -179,7 +179,7 @@ def test_contractions_are_those_of_the_vqa_challenge():
              "yall'd've": "y'all'd've", "'ow'sat": "'ow's'at", "twas": "'twas",
              "somebody'd": "somebodyd", "lets": "lets", "shes": "shes", "im": "im",
              "couldntve": "couldntve", "id": "id", "well": "well"}
-    assert {word: scorers.normalize(word) for word in pairs} == pairs
+    assert {word: scorers.normalize_reply(word) for word in pairs} == pairs
     assert len(scorers.CONTRACTIONS) == 114
 
 
@@ -222,7 +222,7 @@ def test_vqa_score_counts_the_other_annotators():
 
 def test_missing_cells_and_replies_do_not_stop_scoring():
     row = {"index": 7, "answer": "A", "A": "Left", "B": 2.0, "C": float("nan"), "D": None}
-    assert scorers.options(row) == {"A": "Left", "B": "2.0"}
+    assert options(row) == {"A": "Left", "B": "2.0"}
     rows = [{**row, "prediction": reply} for reply in ("left", None, float("nan"), 2.0)]
     assert score("RealWorldQA", rows)["rows"] == [1, 0, 0, 0]
     rows = [{"answer": 14.0, "prediction": 14, "split": float("nan")}]
