@@ -43,7 +43,7 @@ def answer_all(ollm, folder, path, size):
 
 
 def relabel(args):
-    """Makes the folder --out: the lines of args.folder with the base's answers, its files linked."""
+    """Makes the folder --out: the old lines with the base's answers, their files linked."""
     ollm, out = OLLM.load(args.base, args.device).eval(), Path(args.out)
     size = args.batch or (8 if ollm.settings["image_size"] > shapes.SIZE else 100)
     answers = out / "answers.jsonl"
