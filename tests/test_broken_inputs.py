@@ -431,7 +431,7 @@ COMMANDS = """
     eval.py run --data nowhere; eval.py run --data run; eval.py run --data run/ollm.json
     eval.py run --bench part; eval.py run --bench MME.tsv; eval.py run --question red --image part
     eval.py run --question red --image none.png
-    eval.py base --image PICTURE --audio part/audio/000000.flac
+    eval.py --audio part/audio/000000.flac --image PICTURE base
     eval.py run --image PICTURE --audio PICTURE; eval.py run --image PICTURE --question unheard-of
     mmalign.py nowhere; mmalign.py run --data nowhere
     TRAIN --init nowhere; TRAIN --init part; TRAIN --init run/ollm.json; TRAIN --data nowhere
