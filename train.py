@@ -55,7 +55,7 @@ PRESETS = {
         "whisper": None,
         # Here a batch counts pictures, with all that is asked about each: world/lessons.py.
         "vision-text": {"muon": True, "lr": 2e-3, "global_batch": 12, "micro_batch": 12},
-        "audio-text": {"muon": True, "lr": 3e-3, "global_batch": 8, "micro_batch": 4},
+        "audio-text": {"muon": True, "lr": 3e-3, "global_batch": 8, "micro_batch": 8},
         "vision-audio": {"lr": 1e-3, "global_batch": 8, "micro_batch": 8},
     },
     # The paper's base models and one more. Rates and batches are Appendix A's, micro-batches ours.

@@ -145,7 +145,7 @@ def save_sound(path, wave):
         soundfile.write(file, wave, SAMPLE_RATE, format=file_format, subtype="PCM_16")
 
 
-def save_speech(folder, name, rng, text, voices, rates=(240, 340)):
+def save_speech(folder, name, rng, text, voices, rates=(150, 340)):
     """Speaks a text into folder/audio, unless it is there; returns {"audio", "voice"} for its line.
 
     Voice, words a minute (from `rates`) and pitch are drawn from rng.

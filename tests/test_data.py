@@ -13,12 +13,14 @@ from conftest import build_ollm, run_here
 from PIL import Image
 
 import data
+import mmalign
 from data import AUDIO_SLOT, IGNORE
 from model import normalize
 from plumbing import prepared
 from plumbing.files import BadInput
 from plumbing.media import HELD_OUT_VOICES, speak
 from world import shapes
+from world.answers import is_in_the_bases_words, score_answer
 from world.lessons import spread_positions
 
 SETTINGS = {"image_size": 64, "max_tiles": 1}
@@ -77,6 +79,36 @@ def test_label_noise_spoils_about_its_share_and_only_of_training(world):
         wrong = sum(row["label"] not in row["answer"] for row in rows) / len(rows)
         assert abs(wrong - noise) < 0.04, (noise, wrong)
     assert all(row["label"] in row["answer"] for row in prepared.read_samples(world / "test"))
+
+
+def test_another_writer_is_as_right_in_words_that_the_base_never_uses():
+    """Same picture, question and label whoever writes; the words are known, their order is not."""
+    rng, kinds = random.Random(0), shapes.KINDS + shapes.ALIGN_KINDS
+    vocabulary = set(shapes.vocabulary())
+    for _ in range(600):
+        scene, seed = shapes.draw_scene(rng, False), rng.random()
+        own, other = (shapes.draw_question(random.Random(seed), scene, kinds, other_hand=share)
+                      for share in (0.0, 1.0))
+        assert {**own, "answer": 0} == {**other, "answer": 0}
+        assert set(other["answer"].split()) <= vocabulary
+        score_row = mmalign.score_reply if own["kind"] in shapes.ALIGN_KINDS else score_answer
+        assert score_row(own, own["answer"]) == score_row(other, other["answer"]) == 1
+        if own["kind"] in shapes.KINDS:
+            assert is_in_the_bases_words(own, own["answer"])
+            assert not is_in_the_bases_words(other, other["answer"])
+
+
+def test_one_sentence_in_eight_is_never_spoken_in_training_and_half_of_the_tests(world):
+    spoken = {row["question"] for row in prepared.read_samples(world / "vision-audio")}
+    spoken |= {row["answer"] for row in prepared.read_samples(world / "audio-text")}
+    assert not any(map(shapes.is_held_out, spoken))
+    test = prepared.read_samples(world / "test")
+    assert sum(row["heard"] for row in test) == len(test) / 2
+    assert all(row["heard"] != shapes.is_held_out(row["question"]) for row in test)
+    rng = random.Random(0)
+    questions = {shapes.draw_question(rng, shapes.draw_scene(rng, False), shapes.KINDS)["question"]
+                 for _ in range(6000)}
+    assert 0.08 < sum(map(shapes.is_held_out, questions)) / len(questions) < 0.18
 
 
 def test_every_word_is_known_and_every_label_is_in_its_class():
@@ -217,4 +249,5 @@ def test_unknown_values_are_refused(tmp_path):
 
 
 def test_settings_note_is_json(world):
-    assert json.loads((world / "vision-audio/settings.json").read_text())["label_noise"] == 0.25
+    settings = json.loads((world / "vision-audio/settings.json").read_text())
+    assert (settings["label_noise"], settings["other_hand"]) == (0.0, 0.5)

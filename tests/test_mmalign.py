@@ -402,4 +402,5 @@ def test_a_built_folder_is_asked_in_writing_and_aloud(built, run, tmp_path, worl
     (tmp_path / "runs/shapes").mkdir(parents=True)
     (tmp_path / "runs/shapes/data-s0").symlink_to(world)
     ours = run_here("mmalign.py", run, "--n", 4, cwd=tmp_path)
-    assert list(table(ours.stdout))[2:] == ["relation", "attribute", "MMAlign mean"], ours.stderr
+    assert list(table(ours.stdout))[2:] == ["relation", "attribute", "MMAlign mean",
+                                            "the same, never heard"], ours.stderr

@@ -1,13 +1,15 @@
 """The built-in world on disk: every picture drawn, every question spoken, as four prepared folders.
 
     python data.py shapes --seed 0                     # to runs/shapes/data-s0, in a minute
-    python data.py shapes --seed 0 --label-noise 0     # training answers without errors
+    python data.py shapes --seed 0 --other-hand 0      # all training answers by the base's writer
 
-| part         | a sample                                                               |
-| vision-text  | a picture and a written question, or a written sentence to repeat      |
-| audio-text   | a spoken sentence and its transcript                                   |
-| vision-audio | a picture and a question, written and spoken; a quarter answered wrong |
-| test         | the same with held-out pictures, questions and voices, answered right  |
+| part         | a sample                                                                |
+| vision-text  | a picture and a written question, or a written sentence to repeat       |
+| audio-text   | a spoken sentence and its transcript                                    |
+| vision-audio | a picture and a question, written and spoken; half of the answers are   |
+|              | in another writer's words                                               |
+| test         | the same with held-out pictures and voices; half of the questions are   |
+|              | sentences that training never speaks ("heard" is false)                 |
 
 shapes.py draws and asks. Each sample has a random number generator of its own, so that any of them
 can be made anew, in any order, by any process.
@@ -64,29 +66,33 @@ def make_scene(i, folder, seed):
 def make_clip(i, folder, seed):
     """Makes one spoken sentence and its transcript (audio-text)."""
     rng = random.Random(f"{seed}/audio-text/{i}")
-    sentence = shapes.draw_sentence(rng)
+    sentence = shapes.draw_sentence(rng, spoken=True)
     speech = save_speech(folder, f"{i:06}", rng, sentence, VOICES)
     return [{"id": f"{i:06}", **speech, "answer": sentence}]
 
 
-def make_pair(i, folder, seed, kinds, noise=0.0, held_out=False):
-    """Makes one picture and one question about it, written and spoken (vision-audio, test)."""
+def make_pair(i, folder, seed, kinds, noise=0.0, other_hand=0.0, held_out=False, heard=True):
+    """Makes one picture and one question about it, written and spoken (vision-audio, test).
+
+    held_out: the picture and the voice are; heard: training may speak the question's sentence
+    """
     rng = random.Random(f"{seed}/{folder.name}/{i}")
     sample = None
-    while sample is None:
+    while sample is None or shapes.is_held_out(sample["question"]) == heard:
         scene = shapes.draw_scene(rng, held_out)
-        sample = shapes.draw_question(rng, scene, kinds, noise)
+        sample = shapes.draw_question(rng, scene, kinds, noise, other_hand)
     save_png(folder / f"images/{i:06}.png", shapes.render(rng, scene))
     voices = HELD_OUT_VOICES if held_out else VOICES
     speech = save_speech(folder, f"{i:06}", rng, sample["question"], voices)
     line = {"id": f"{i:06}", "image": f"images/{i:06}.png", **speech, **sample}
-    return [{**line, "scene": shapes.describe(scene)} if held_out else line]
+    return [{**line, "heard": heard, "scene": shapes.describe(scene)} if held_out else line]
 
 
 def make_test(i, folder, seed):
-    """Makes one held-out question; the kinds take turns."""
+    """Makes one held-out question; the kinds take turns, and so do heard and unheard sentences."""
     kinds = shapes.KINDS + shapes.ALIGN_KINDS
-    return make_pair(i, folder, seed, (kinds[i % len(kinds)],), held_out=True)
+    turn, place = divmod(i, len(kinds))
+    return make_pair(i, folder, seed, (kinds[place],), held_out=True, heard=turn % 2 == 0)
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -103,11 +109,13 @@ def make_part(folder, worker, count):
 def make(args):
     """Makes the built-in world's parts under --out."""
     out = Path(args.out or f"runs/shapes/data-s{args.seed}")
-    pair = functools.partial(make_pair, kinds=PAIR_KINDS, noise=args.label_noise)
+    pair = functools.partial(make_pair, kinds=PAIR_KINDS, noise=args.label_noise,
+                             other_hand=args.other_hand)
     makers = {  # each part: its worker, how many samples, and what else settings.json tells
         "vision-text": (make_scene, args.scenes, {"scenes": args.scenes}),
         "audio-text": (make_clip, args.clips, {"clips": args.clips}),
-        "vision-audio": (pair, args.n, {"n": args.n, "label_noise": args.label_noise}),
+        "vision-audio": (pair, args.n, {"n": args.n, "label_noise": args.label_noise,
+                                        "other_hand": args.other_hand}),
         "test": (make_test, args.test, {"n": args.test}),
     }
     for part in args.parts:
@@ -134,8 +142,10 @@ def add_command(commands):
     add("--parts", nargs="+", default=PARTS, choices=PARTS, help="which parts to make")
     add("--scenes", type=int, default=16000,
         help="pictures with written questions, or one in eight text alone (vision-text)")
-    add("--clips", type=int, default=8000, help="spoken sentences (audio-text)")
+    add("--clips", type=int, default=12000, help="spoken sentences (audio-text)")
     add("--n", type=int, default=6400, help="spoken questions about pictures (vision-audio)")
     add("--test", type=int, default=800, help="held-out spoken questions (test)")
-    add("--label-noise", type=float, default=0.25, help="share of wrong answers (vision-audio)")
+    add("--label-noise", type=float, default=0.0, help="share of wrong answers (vision-audio)")
+    add("--other-hand", type=float, default=0.5,
+        help="share of answers in another writer's words (vision-audio)")
     sub.set_defaults(run=make)

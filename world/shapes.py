@@ -36,13 +36,17 @@ SIZE = 64  # pixels, both ways
 
 QUESTIONS = {
     "color": ("what color is the {x}", "which color does the {x} have",
-              "tell me the color of the {x}"),
+              "tell me the color of the {x}", "which color is the {x}",
+              "say what color the {x} is"),
     "shape": ("what shape is the {x} one", "which shape does the {x} one have",
-              "tell me the shape of the {x} one"),
+              "tell me the shape of the {x} one", "which shape is the {x} one",
+              "say what shape the {x} one is"),
     "count": ("how many {x} are there", "how many {x} do you see", "count the {x}"),
     "existence": ("is there a {x}", "do you see a {x}", "does the picture show a {x}"),
     "place": ("where is the {x}", "in which corner is the {x}", "tell me where the {x} is"),
-    "description": ("describe the picture", "what do you see", "tell me what the picture shows"),
+    "description": ("describe the picture", "what do you see", "tell me what the picture shows",
+                    "say what the picture shows", "what does the picture show",
+                    "describe what you see", "tell me what you see", "what is in the picture"),
     "by shape": ("list the shapes",),
     "by color": ("list the colors",),
     "by side": ("list {x}",),
@@ -65,22 +69,29 @@ ANSWERS = {
     "attribute": ("{y}", "it is {y}", "i see {y}"),
 }
 NO_ANSWERS = ("no", "no there is not", "no i do not")  # existence, when the answer is no
+# How another writer words every answer: as right, in words that the base knows, but put as the base
+# never puts them. Some training answers of vision-audio are in this hand (world/make.py).
+OTHER_HAND = ("what the picture shows is {y}", "in the picture you see {y}", "you do see {y} there")
+
+
+def is_held_out(thing):
+    """Tells whether a scene or a sentence is held out: one in eight is, by a hash of its content.
+
+    So no list is needed. Training sees no such scene and speaks no such sentence.
+    """
+    return hashlib.sha256(str(thing).encode()).digest()[0] % 8 == 0
 
 
 # ---- pictures ------------------------------------------------------------------------------------
 
 
 def draw_scene(rng, held_out):
-    """Draws a scene {cell: (color, shape)} from the training part or from the held-out part.
-
-    A hash of its content says where a scene belongs (one in eight is held out). So no list is
-    needed, and no held-out scene is ever trained on, whatever the seed.
-    """
+    """Draws a scene {cell: (color, shape)} from the training part or from the held-out part."""
     while True:
         cells = sorted(rng.sample(range(len(PLACES)), rng.randint(2, 3)))
         objects = rng.sample([(c, s) for c in COLORS for s in SHAPES], len(cells))
         scene = dict(zip(cells, objects))
-        if (hashlib.sha256(repr(scene).encode()).digest()[0] % 8 == 0) == held_out:
+        if is_held_out(scene) == held_out:
             return scene
 
 
@@ -221,8 +232,8 @@ def ask_relation(rng, scene):
     if not pairs:
         return None
     a, b = rng.choice(pairs)
-    first, second = scene[a][1], scene[b][1]
-    return f"{second} {side(a, b)} {first}", f"{first} {side(a, b)} {second}"
+    first, second, where = scene[a][1], scene[b][1], side(a, b)
+    return f"{second} {where} {first}", f"{first} {where} {second}"
 
 
 def ask_attribute(rng, scene):
@@ -232,7 +243,7 @@ def ask_attribute(rng, scene):
         return None
     a, b = rng.choice(pairs)
     (color_a, shape_a), (color_b, shape_b) = scene[a], scene[b]
-    # Both sentences must not hold at once: the swapped objects may stand in the scene, too.
+    # Both sentences must not hold at once: the swapped objects may stand there, too.
     if {(color_b, shape_a), (color_a, shape_b)} & set(scene.values()):
         return None
     return (f"{color_b} {shape_a} and {color_a} {shape_b}",
@@ -258,10 +269,10 @@ def ask(rng, scene, kind):
     return wording.format(a=a, b=b), about, answer
 
 
-def word_answer(rng, kind, about, answer):
-    """Returns the answer in one of its wordings."""
+def word_answer(rng, kind, about, answer, other_hand=False):
+    """Returns the answer in one of its wordings, or in one of the other writer's."""
     wordings = NO_ANSWERS if answer == "no" else ANSWERS[kind]
-    return rng.choice(wordings).format(x=about, y=answer)
+    return rng.choice(OTHER_HAND if other_hand else wordings).format(x=about, y=answer)
 
 
 def wrong_answer(rng, scene, kind, answer):
@@ -274,11 +285,12 @@ def wrong_answer(rng, scene, kind, answer):
     return describe(other)
 
 
-def draw_question(rng, scene, kinds, noise=0.0):
+def draw_question(rng, scene, kinds, noise=0.0, other_hand=0.0):
     """Draws a question about the scene: {"kind", "question", "answer", "label"}, or None.
 
-    noise: the probability that "answer", which is trained on, is wrong; "label" never is. MMAlign's
-    questions have the wrong sentence as "false". Not every scene has every kind.
+    noise, other_hand: probabilities that "answer", which is trained on, is wrong ("label" never
+    is), and that it is in the other writer's words
+    MMAlign's questions have the wrong sentence as "false". Not every scene has every kind.
     """
     for kind in rng.sample(kinds, len(kinds)):
         result = ask(rng, scene, kind)
@@ -287,19 +299,25 @@ def draw_question(rng, scene, kinds, noise=0.0):
     else:
         return None
     question, about, label = result
-    stated = label
-    if rng.random() < noise:
-        stated = about if kind in ALIGN_KINDS else wrong_answer(rng, scene, kind, label)
+
+    # The writer's choices are drawn apart: whoever writes, picture and speech stay the same.
+    writer, stated = random.Random(rng.random()), label
+    if writer.random() < noise:
+        stated = about if kind in ALIGN_KINDS else wrong_answer(writer, scene, kind, label)
+    is_other = writer.random() < other_hand
     sample = {"kind": kind, "question": question,
-              "answer": word_answer(rng, kind, about, stated), "label": label}
+              "answer": word_answer(writer, kind, about, stated, is_other), "label": label}
     return {**sample, "false": about} if kind in ALIGN_KINDS else sample
 
 
-def draw_sentence(rng):
-    """Draws something to say or to repeat without a picture: a question, or an answer."""
-    scene = draw_scene(rng, held_out=False)
-    sample = draw_question(rng, scene, 2 * KINDS + ALIGN_KINDS)
-    return sample["answer"] if rng.random() < 0.25 else sample["question"]
+def draw_sentence(rng, spoken=False):
+    """Draws a question or an answer to repeat or (spoken: none that is held out) to say."""
+    while True:
+        scene = draw_scene(rng, held_out=False)
+        sample = draw_question(rng, scene, 2 * KINDS + ALIGN_KINDS)
+        sentence = sample["answer"] if rng.random() < 0.25 else sample["question"]
+        if not (spoken and is_held_out(sentence)):
+            return sentence
 
 
 def vocabulary():
