@@ -24,8 +24,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from benchmarks import endpoint
-from benchmarks.questions import image_of, prompt, read_tsv
-from benchmarks.scorers import BENCHMARKS, score
+from benchmarks.questions import BENCHMARKS, bench_files, bench_rows, image_of
+from benchmarks.scorers import score
 from data import picture_inputs
 from model import OLLM
 from plumbing import runs
@@ -65,36 +65,6 @@ def add_arguments(parser):
 
 
 # ---- questions -----------------------------------------------------------------------------------
-
-
-def bench_files(paths):
-    """Returns the benchmarks' files; a folder stands for those of the seven that it has."""
-    files = []
-    for path in map(Path, paths):
-        inside = [path / f"{name}.tsv" for name in BENCHMARKS]
-        files += [file for file in inside if file.exists()] or [path]
-    for file in files:
-        if file.stem not in BENCHMARKS:
-            names = ", ".join(f"{name}.tsv" for name in BENCHMARKS)
-            raise BadInput(f"{file}: no such benchmark; there are {names}")
-    return files
-
-
-def bench_rows(path, n, suffix, llm="qwen2"):
-    """Returns a benchmark's first n rows, each with "prompt": what is written, "aloud" and "after".
-
-    suffix: "spoken", "written" or "dropped", what becomes of options and format behind the question
-    llm: whose wording
-    """
-    rows, dropped = read_tsv(path)
-    if dropped:
-        print(f"{path}: {dropped} rows without a picture are left out, as VLMEvalKit does")
-    for row in rows:
-        question, rest = prompt(path.stem, row, llm)
-        row["prompt"] = question if suffix == "dropped" else question + rest
-        row["aloud"] = question + rest if suffix == "spoken" else question
-        row["after"] = rest if suffix == "written" else ""
-    return rows[:n]
 
 
 def bench_sample(row, forms, settings, args):

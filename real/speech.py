@@ -1,7 +1,7 @@
 """Questions spoken: by espeak-ng, or by an MMS voice (VITS), which says words but no numbers.
 
-There is nothing to run here: `data.py llava`, `mmalign.py build` and `eval.py --bench` speak by these
-functions.
+There is nothing to run here: `data.py llava`, `mmalign.py build` and `eval.py --bench` speak by
+these functions.
 """
 
 import functools

@@ -20,8 +20,13 @@ sys.path.insert(0, str(ROOT))
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import (AutoConfig, AutoModelForImageTextToText, WhisperConfig,
-                          WhisperFeatureExtractor, WhisperForConditionalGeneration)
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    WhisperConfig,
+    WhisperFeatureExtractor,
+    WhisperForConditionalGeneration,
+)
 
 import data
 from analysis.bench import to_float64

@@ -20,9 +20,18 @@ import numpy as np
 import pytest
 import torch
 import true_size
-from conftest import (FIXTURES, QWEN2_VL_TOKENS, ROOT, build_lvlm_folder, build_whisper,
-                      check_answers_do_not_depend_on_the_batch, collate, run_here, run_script,
-                      write_tokenizer)
+from conftest import (
+    FIXTURES,
+    QWEN2_VL_TOKENS,
+    ROOT,
+    build_lvlm_folder,
+    build_whisper,
+    check_answers_do_not_depend_on_the_batch,
+    collate,
+    run_here,
+    run_script,
+    write_tokenizer,
+)
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_bench_tsv import write_benchmarks

@@ -6,10 +6,9 @@ import re
 import shutil
 
 import pytest
+import torch
 from conftest import build_ollm, collate, run_here, run_script
 from PIL import Image
-
-import torch
 from safetensors.torch import load_file, save_file
 
 import data
