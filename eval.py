@@ -3,20 +3,19 @@
     python eval.py                                           # base, aligned, every alpha of seed 0
     python eval.py runs/shapes/vision-audio-a*-s[012]        # any runs; seeds are averaged
     python eval.py --show 10 runs/shapes/audio-text-s0       # and print ten of its answers
-    python eval.py --image scene.png --question "what color is the circle"    # in writing and aloud
-    python eval.py --image scene.png --audio question.wav                     # one spoken question
+    python eval.py --image scene.png --question "what color is the square"    # one to every run
+    python eval.py RUN --image scene.png --audio question.wav                 # spoken by you
     python eval.py RUN RUN --bench DIR                       # the paper's seven benchmarks
     python eval.py --endpoint URL --model NAME --bench DIR   # of any model behind a chat server
 
 Answers are generated greedily, and each picture is read once for both forms of its question. In
-the built-in world, pictures, questions and voices are held out. An answer is right if it has
-exactly one word of its question's class, the right one, once an exact echo of the question is taken
-away. A description counts by F1 over (colour, shape) pairs.
+the built-in world, pictures and voices are held out, and half of the sentences. An answer is right
+if it has exactly one word of its question's class, the right one, once an exact echo of the
+question is taken away. A description counts by F1 over (colour, shape) pairs.
 """
 
 import plumbing  # noqa: F401  # isort: skip (before torch: sets how its threads wait)
 import random
-import re
 import statistics
 from pathlib import Path
 
@@ -31,39 +30,13 @@ from plumbing.files import BadInput, at, readable_errors, write_json_lines
 from plumbing.media import MAX_SECONDS, speak
 from plumbing.prepared import how_asked
 from plumbing.tables import print_summaries, seed_interval
+from world import answers as judge
 from world import shapes
+from world.answers import score_answer
 
 AVERAGE = "mean of six kinds"
 KEYS = {"text": "question", "audio": "audio"}  # what a form of asking needs in samples.jsonl
-OBJECT = re.compile(rf"\b({'|'.join(shapes.COLORS)}) ({'|'.join(shapes.SHAPES)})\b")
-
-
-# ---- scoring -------------------------------------------------------------------------------------
-
-
-def score_answer(sample, answer):
-    """Returns how right an answer to a built-in question is, from 0 to 1."""
-    kind, label = sample["kind"], sample["label"]
-    answer = answer.lower().replace(sample["question"], " ")  # an echo answers nothing
-    if kind in shapes.CLASSES:
-        words = re.findall(rf"\b(?:{'|'.join(shapes.CLASSES[kind])})\b", answer)
-        return float(words == [label])
-
-    # A description: F1 of the named objects; 0 if more are named than a picture can hold.
-    named, true = OBJECT.findall(answer), OBJECT.findall(label)
-    if len(named) > len(shapes.PLACES):
-        return 0.0
-    return 2 * len(set(named) & set(true)) / (len(named) + len(true))
-
-
-def names_what_is_there(sample, answer):
-    """Tells whether an answer names a colour or shape of the picture that its question does not.
-
-    Wrong answers to speech still do, the paper finds (section 2.2).
-    """
-    with at(sample["where"]):
-        features = {*shapes.COLORS, *shapes.SHAPES} & set(sample["scene"].split())
-    return bool(features & set(answer.lower().split()) - set(sample["question"].split()))
+HOW = {"text": "in writing", "audio": "aloud"}
 
 
 # ---- asking --------------------------------------------------------------------------------------
@@ -114,23 +87,39 @@ def evaluate(run, folder, kinds, args):
     return [rows[i] for i in sorted(rows)]
 
 
-def answer_question(run, args):
-    """Prints a run's answers to one question about one picture, in writing and aloud."""
-    ollm = OLLM.load(run, args.device).eval()
-    if ollm.audio_encoder is None:
-        raise BadInput(f"{run}: cannot listen; give a run of the stage audio-text or vision-audio")
-    if args.question is not None:
-        check_words(ollm.tokenizer, args.question)
-    settings = ollm.settings | ({"max_tiles": args.max_tiles} if args.max_tiles else {})
+def answer_question(args):
+    """Prints every run's answer to one question about one picture: written by each base, spoken.
+
+    An aligned run also says what it heard.
+    """
     wave = data.load_audio(args.audio) if args.audio else speak(args.question)[0]
     if len(wave) > MAX_SECONDS * data.SAMPLE_RATE:
         raise BadInput(f"the question takes over {MAX_SECONDS} s to say, Whisper hears no more")
-    sample = {"pixels": data.picture_inputs(data.load_image(args.image), settings), "wave": wave,
-              "question": args.question or "", "answer": ""}
-    forms = ("audio",) if args.question is None else ("text", "audio")
-    sources = {"text": args.question, "audio": args.audio or f"{args.question} (espeak-ng)"}
-    for form, answers in ollm.answer([sample], forms, max_new_tokens=256).items():
-        print(f"{form:5}  {sources[form]}  ->  {answers[0]}")
+
+    bases = set()
+    for run in runs.asked_for(args):
+        ollm = OLLM.load(run, args.device).eval()
+        if args.max_tiles:
+            ollm.settings["max_tiles"] = args.max_tiles
+        if args.question is not None:
+            check_words(ollm.tokenizer, args.question)
+        picture = data.picture_inputs(data.load_image(args.image), ollm.settings)
+        sample = {"pixels": picture, "question": args.question or "", "answer": ""}
+
+        # The LLM is frozen: all runs on a base read alike, so only the first of them is asked.
+        base, forms = str(runs.base_of(run)), []
+        if args.question is not None and base not in bases:
+            forms.append("text")
+            bases.add(base)
+        if ollm.audio_encoder is not None:
+            forms.append("audio")
+            sample["wave"] = wave
+        if not forms and args.runs:
+            raise BadInput(f"{run}: cannot listen; give --question, too")
+        for form, answers in ollm.answer([sample], forms, max_new_tokens=256).items():
+            print(f"{runs.name(run):8}  {HOW[form]:10}  {answers[0]}")
+        if runs.about(run)["training"]["stage"] == "audio-text":
+            print(f"{'':8}  {'heard':10}  {transcribe(ollm, [sample])[0]}")
 
 
 def check_words(tokenizer, text):
@@ -164,13 +153,38 @@ def summarize(rows, kinds, average, score_row=score_answer, more=None):
             continue
         values = mean_scores(rows, form, kinds, score_row)
         values[average] = statistics.fmean(values.values())
+        never = [row for row in rows if not row.get("heard", True)]
+        if never:
+            scores = mean_scores(never, form, kinds, score_row)
+            values["the same, never heard"] = statistics.fmean(scores.values())
         if more:
             values |= more(rows, form)
-        summary[form] = values | paper_remarks(rows, form, score_row)
+        summary[form] = values | manners(rows, form) | paper_remarks(rows, form, score_row)
     if rows[0]["transcript"] is not None:
-        exact = [row["transcript"] == row["question"] for row in rows]
-        summary["audio"]["transcripts exact"] = 100 * statistics.fmean(exact)
+        summary["audio"] |= transcripts(rows)
     return summary
+
+
+def manners(rows, form):
+    """Returns how many answers are of the asked kind, and how many in the base's words."""
+    rows = [row for row in rows if row["kind"] in shapes.KINDS]
+    if not rows:
+        return {}
+    of_kind = [judge.is_of_the_kind(row, row[form]) for row in rows]
+    in_words = [judge.is_in_the_bases_words(row, row[form]) for row in rows]
+    return {"of the asked kind": 100 * statistics.fmean(of_kind),
+            "in the base's words": 100 * statistics.fmean(in_words)}
+
+
+def transcripts(rows):
+    """Returns how many questions are transcribed word for word, heard in training and never."""
+    values = {}
+    for name, wanted in (("heard", True), ("never heard", False)):
+        exact = [row["transcript"] == row["question"] for row in rows
+                 if row.get("heard", True) == wanted]
+        if exact:
+            values[f"transcripts exact, {name}"] = 100 * statistics.fmean(exact)
+    return values
 
 
 def paper_remarks(rows, form, score_row):
@@ -183,7 +197,7 @@ def paper_remarks(rows, form, score_row):
     drawn = [row for row in rows if row["kind"] in shapes.KINDS and "scene" in row]
     wrong = [row for row in drawn if not score_row(row, row[form])]
     if wrong:
-        named = [names_what_is_there(row, row[form]) for row in wrong]
+        named = [judge.names_what_is_there(row, row[form]) for row in wrong]
         values["wrong, names what is there"] = 100 * statistics.fmean(named)
     return values
 
@@ -191,7 +205,7 @@ def paper_remarks(rows, form, score_row):
 def print_differences(answers, score_row):
     """Prints each Self-KD run against SFT of the same seeds: the paired difference, its interval.
 
-    answers: {(run name, seed): rows}. With one seed, it also prints an example.
+    answers: {(run name, seed): rows}
     """
     sft = {seed: rows for (name, seed), rows in answers.items() if name == "SFT"}
     for name in sorted({name for name, _ in answers if name.startswith("KD")}):
@@ -204,22 +218,33 @@ def print_differences(answers, score_row):
         (mean, low, high), how = seed_interval(before, after)
         print(f"{name} - SFT, spoken: {mean:+.1f} points, 95 % interval {low:+.1f} to {high:+.1f} "
               f"({how}; {sum(map(len, before))} questions, seeds {', '.join(map(str, seeds))})")
-        if len(seeds) == 1:
-            print_example(name, pairs[0], before[0], after[0])
 
 
-def print_example(name, pairs, before, after):
-    """Prints the first question that SFT answers wrongly and a Self-KD run rightly.
+def print_example(answers, score_row):
+    """Prints the first question that SFT (or the aligned run) answers wrongly and Self-KD rightly.
 
-    pairs: (SFT's row, the run's row) of each question; before, after: their scores
+    answers: {run name: rows} of one seed
     """
-    better = [pair for pair, a, b in zip(pairs, before, after) if a < 0.5 <= b]
-    worse = sum(b < 0.5 <= a for a, b in zip(before, after))
-    print(f"{name} is right and SFT wrong: {len(better)} questions. The other way round: {worse}.")
-    if better:
-        sft, kd = better[0]
-        print(f"    The first: {kd['question']}? ({Path(kd['folder']) / kd['image']})\n"
-              f"    SFT: {sft['audio']}  |  {name}: {kd['audio']}  |  right: {kd['label']}")
+    better = max((name for name in answers if name.startswith("KD")), default=None)
+    worse = "SFT" if "SFT" in answers else "aligned"
+    if better is None or worse not in answers:
+        return
+    pairs = list(zip(answers[worse], answers[better]))
+    scores = [(score_row(a, a["audio"]), score_row(b, b["audio"])) for a, b in pairs]
+    wins = [i for i, (a, b) in enumerate(scores) if a < 0.5 <= b]
+    losses = sum(b < 0.5 <= a for a, b in scores)
+    print(f"{better} is right and {worse} wrong: {len(wins)} questions. The other way round: "
+          f"{losses}.")
+    if not wins:
+        return
+    row = answers[better][wins[0]]
+    print(f"The first: {row['question']}?  ({row['label']})  {Path(row['folder']) / row['image']}")
+    print(f"    {'base':8}  {HOW['text']:10}  {row['text']}")
+    for name, rows in answers.items():
+        if rows[wins[0]]["audio"] is not None:
+            heard = rows[wins[0]]["transcript"]
+            note = f"    (heard: {heard})" if heard is not None else ""
+            print(f"    {name:8}  {HOW['audio']:10}  {rows[wins[0]]['audio']}{note}")
 
 
 def report(args, kinds, average, score_row=score_answer, more=None):
@@ -246,6 +271,8 @@ def report(args, kinds, average, score_row=score_answer, more=None):
           + (", mean ± standard deviation over seeds" if several else ""))
     print_summaries(summaries)
     print_differences(answers, score_row)
+    if len({seed for _, seed in answers}) == 1:
+        print_example({name: rows for (name, _), rows in answers.items()}, score_row)
 
 
 def arguments(description):
@@ -268,8 +295,7 @@ def main():
     if bool(args.image) != bool(args.question is not None or args.audio):
         parser.error("one question needs --image, and --question or --audio")
     if args.image:
-        default = f"runs/{args.preset}/vision-audio-a0.75-s{args.seed}"
-        answer_question(args.runs[0] if args.runs else default, args)
+        answer_question(args)
     elif args.bench:
         ask.report_benchmarks(args)
     else:

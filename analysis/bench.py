@@ -44,8 +44,15 @@ from transformers import InternVLForConditionalGeneration, WhisperConfig, Whispe
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 import data
-from analysis.plan import (SYSTEM_TOKENS, WHISPER_LARGE_V3, key_width, layer_flops, llm_weights,
-                           print_plan, step_flops)
+from analysis.plan import (
+    SYSTEM_TOKENS,
+    WHISPER_LARGE_V3,
+    key_width,
+    layer_flops,
+    llm_weights,
+    print_plan,
+    step_flops,
+)
 from data import AUDIO_SLOT, IGNORE
 from loss import self_kd_loss
 from model import OLLM

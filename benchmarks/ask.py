@@ -4,19 +4,17 @@
     python eval.py RUN --bench MME.tsv --suffix written      # options and format stay in writing
     python eval.py --endpoint URL --model NAME --bench DIR   # any model behind a chat server
 
-questions.py reads the files and writes the prompts, scorers.py scores; here they are asked. Answers
-are appended to RUN/predictions batch by batch, so an evaluation that was interrupted goes on where
-it stopped and ends with the same file. A model that is no run of ours has its answers in
-runs/asked/NAME, a server's in runs/endpoint/NAME.
+questions.py reads the files and writes the prompts, scorers.py scores, report.py prints and draws;
+here they are asked. Answers are appended to RUN/predictions batch by batch, so an evaluation that
+was interrupted goes on where it stopped and ends with the same file. A model that is no run of ours
+has its answers in runs/asked/NAME, a server's in runs/endpoint/NAME.
 """
 
 import argparse
 import functools
 import hashlib
 import json
-import math
 import re
-import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,26 +22,21 @@ from pathlib import Path
 from tqdm import tqdm
 
 from benchmarks import endpoint
-from benchmarks.questions import BENCHMARKS, bench_files, bench_rows, image_of
-from benchmarks.scorers import score
+from benchmarks.questions import image_of, prompt, read_tsv
+from benchmarks.report import draw_bars, measures, print_bench_differences
+from benchmarks.scorers import BENCHMARKS, score
 from data import picture_inputs
 from model import OLLM
 from plumbing import runs
 from plumbing.files import BadInput, at, only_writer, write_json_lines, write_text
 from plumbing.media import MAX_SECONDS, SAMPLE_RATE, VOICES, load_audio, save_sound, speak
-from plumbing.tables import COLORS, blank_figure, paired_bootstrap, print_summaries, save_figure
+from plumbing.tables import print_summaries
 from real.speech import MMS_VOICE, speak_mms
 
 DEFAULT_VOICES = {"espeak": VOICES[0], "mms": MMS_VOICE}
 SPEEDS = (175, 260, 350, 450)  # words a minute: long questions are spoken faster
 VLMEVALKIT_TILES = {"ChartQA_TEST": 12, "DocVQA_VAL": 18, "InfoVQA_VAL": 24}  # others 6 (July 2024)
 QWEN2_VL_TILES = {"min_tiles": 5, "max_tiles": 64}  # pixels of a picture, in all seven
-
-# What the table says of a benchmark beside the paper's columns.
-SHARES = ("yes ratio of answered", "yes ratio of all", "unknown share")
-DETAILS = {"MME": ("perception", "reasoning", "sum/28", "accuracy", *SHARES),
-           "HallusionBench": ("aAcc", "fAcc", "qAcc", *SHARES),
-           "RealWorldQA": ("unknown share",)}
 
 
 def add_arguments(parser):
@@ -65,6 +58,36 @@ def add_arguments(parser):
 
 
 # ---- questions -----------------------------------------------------------------------------------
+
+
+def bench_files(paths):
+    """Returns the benchmarks' files; a folder stands for those of the seven that it has."""
+    files = []
+    for path in map(Path, paths):
+        inside = [path / f"{name}.tsv" for name in BENCHMARKS]
+        files += [file for file in inside if file.exists()] or [path]
+    for file in files:
+        if file.stem not in BENCHMARKS:
+            names = ", ".join(f"{name}.tsv" for name in BENCHMARKS)
+            raise BadInput(f"{file}: no such benchmark; there are {names}")
+    return files
+
+
+def bench_rows(path, n, suffix, llm="qwen2"):
+    """Returns a benchmark's first n rows, each with "prompt": what is written, "aloud" and "after".
+
+    suffix: "spoken", "written" or "dropped", what becomes of options and format behind the question
+    llm: whose wording
+    """
+    rows, dropped = read_tsv(path)
+    if dropped:
+        print(f"{path}: {dropped} rows without a picture are left out, as VLMEvalKit does")
+    for row in rows:
+        question, rest = prompt(path.stem, row, llm)
+        row["prompt"] = question if suffix == "dropped" else question + rest
+        row["aloud"] = question + rest if suffix == "spoken" else question
+        row["after"] = rest if suffix == "written" else ""
+    return rows[:n]
 
 
 def bench_sample(row, forms, settings, args):
@@ -291,53 +314,3 @@ def report_benchmarks(args):
     print(out / "benchmarks.json")
     columns = [column for file in files for column in BENCHMARKS[file.stem]]
     draw_bars(groups, columns, out / "benchmarks.png")
-
-
-def measures(results):
-    """Returns {row: value} of the table from {benchmark: scores} of one run and form."""
-    columns, details = {}, {}
-    for name, result in results.items():
-        for column, key in BENCHMARKS[name].items():
-            if key in result:  # ChartQA's file may lack one of its splits
-                columns[column] = result[key]
-        for key in DETAILS.get(name, ()):
-            if result[key] is not None:
-                details[f"{name}: {key}"] = result[key]
-    mean = {"mean": statistics.fmean(columns.values())} if columns else {}
-    return {**columns, **mean, **details}
-
-
-def print_bench_differences(results):
-    """Prints differences of the mean score: speech against text, and run against run."""
-    listening = {label: scores for label, scores in results.items() if "audio" in scores}
-    first = next(iter(listening), None)
-    for label, scores in listening.items():
-        pairs = {"speech - text": scores["text"]}
-        if label != first:
-            pairs[f"speech - that of {first}"] = listening[first]["audio"]
-        for title, others in pairs.items():
-            for name, result in scores["audio"].items():
-                mean, low, high = paired_bootstrap(others[name]["rows"], result["rows"])
-                print(f"{label}, {name}, {title}: {mean:+.1f} points a row, "
-                      f"95 % interval {low:+.1f} to {high:+.1f} (bootstrap over the questions)")
-
-
-def draw_bars(groups, columns, path):
-    """Draws the paper's columns as bars, means over seeds: each base's text, each run's speech."""
-    bars = {}
-    for name, seeds in groups.items():
-        for form in seeds[0]:
-            values = [statistics.fmean(seed[form].get(column, math.nan) for seed in seeds)
-                      for column in columns]
-            if form == "audio" or values not in bars.values():
-                bars["text" if not bars else f"{name}, {form}"] = values
-
-    figure, grid = blank_figure(2 + 1.2 * len(columns), 4)
-    axes, width = grid[0, 0], 0.8 / len(bars)
-    for i, (label, values) in enumerate(bars.items()):
-        positions = [x - 0.4 + (i + 0.5) * width for x in range(len(columns))]
-        axes.bar(positions, values, width, label=label, color=COLORS[i % len(COLORS)])
-    axes.set_xticks(range(len(columns)), columns)
-    axes.set_ylabel("score (%)")
-    figure.legend(loc="outside upper center", ncols=4, fontsize="small")
-    save_figure(figure, path)

@@ -17,16 +17,6 @@ from plumbing.files import BadInput, at
 from plumbing.media import load_image
 from real.families import CHATS, QWEN2_VL
 
-# By the file's stem: the paper's columns, and which of the scorer's numbers stands in each.
-BENCHMARKS = {
-    "MME": {"MME": "overall"},
-    "HallusionBench": {"HalluB": "overall"},
-    "RealWorldQA": {"RWQA": "overall"},
-    "TextVQA_VAL": {"TextVQA": "overall"},
-    "ChartQA_TEST": {"CQA^H": "test_human", "CQA^A": "test_augmented"},
-    "DocVQA_VAL": {"DocVQA": "overall"},
-    "InfoVQA_VAL": {"InfoVQA": "overall"},
-}
 COLUMNS = ("index", "image", "question", "answer")  # in any order, among others
 MORE_COLUMNS = {"MME": ("category",), "HallusionBench": ("l2-category",)}  # which their scores need
 REFERENCE = 64  # an image cell of at most so many characters is the index of another row
@@ -37,19 +27,6 @@ MISSING = {"", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan",
 
 
 # ---- reading -------------------------------------------------------------------------------------
-
-
-def bench_files(paths):
-    """Returns the benchmarks' files; a folder stands for those of the seven that it has."""
-    files = []
-    for path in map(Path, paths):
-        inside = [path / f"{name}.tsv" for name in BENCHMARKS]
-        files += [file for file in inside if file.exists()] or [path]
-    for file in files:
-        if file.stem not in BENCHMARKS:
-            names = ", ".join(f"{name}.tsv" for name in BENCHMARKS)
-            raise BadInput(f"{file}: no such benchmark; there are {names}")
-    return files
 
 
 def read_tsv(path):
@@ -149,23 +126,6 @@ def image_of(row):
 # ---- asking --------------------------------------------------------------------------------------
 
 BRIEFLY = "Answer the question using a single word or phrase."
-
-
-def bench_rows(path, n, suffix, llm="qwen2"):
-    """Returns a benchmark's first n rows, each with "prompt": what is written, "aloud" and "after".
-
-    suffix: "spoken", "written" or "dropped", what becomes of options and format behind the question
-    llm: whose wording
-    """
-    rows, dropped = read_tsv(path)
-    if dropped:
-        print(f"{path}: {dropped} rows without a picture are left out, as VLMEvalKit does")
-    for row in rows:
-        question, rest = prompt(path.stem, row, llm)
-        row["prompt"] = question if suffix == "dropped" else question + rest
-        row["aloud"] = question + rest if suffix == "spoken" else question
-        row["after"] = rest if suffix == "written" else ""
-    return rows[:n]
 
 
 def prompt(benchmark, row, llm="qwen2"):

@@ -20,6 +20,18 @@ from torchaudio.functional import edit_distance
 from benchmarks.questions import need, options, text
 from plumbing.files import BadInput, at
 
+# By the file's stem: the paper's columns, and which of the scorer's numbers stands in each.
+BENCHMARKS = {
+    "MME": {"MME": "overall"},
+    "HallusionBench": {"HalluB": "overall"},
+    "RealWorldQA": {"RWQA": "overall"},
+    "TextVQA_VAL": {"TextVQA": "overall"},
+    "ChartQA_TEST": {"CQA^H": "test_human", "CQA^A": "test_augmented"},
+    "DocVQA_VAL": {"DocVQA": "overall"},
+    "InfoVQA_VAL": {"InfoVQA": "overall"},
+}
+
+
 # ---- scoring -------------------------------------------------------------------------------------
 
 

@@ -19,7 +19,7 @@ from test_sources import build_vits
 
 import data
 from benchmarks import ask
-from benchmarks.questions import BENCHMARKS
+from benchmarks.scorers import BENCHMARKS
 from plumbing.files import BadInput
 from plumbing.media import SAMPLE_RATE, VOICES, speak
 

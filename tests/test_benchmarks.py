@@ -11,8 +11,8 @@ from conftest import FIXTURES
 from PIL import Image
 
 from benchmarks import scorers
-from benchmarks.questions import BENCHMARKS, image_of, options, prompt, read_tsv
-from benchmarks.scorers import option_letter, score, yes_or_no
+from benchmarks.questions import image_of, options, prompt, read_tsv
+from benchmarks.scorers import BENCHMARKS, option_letter, score, yes_or_no
 from plumbing.files import BadInput
 
 WORDS = ["TextVQA_VAL", "ChartQA_TEST", "DocVQA_VAL", "InfoVQA_VAL"]  # answered in words

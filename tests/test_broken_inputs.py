@@ -430,7 +430,8 @@ COMMANDS = """
     eval.py nowhere; eval.py part; eval.py run/ollm.json; eval.py whisper; eval.py run --n 1e3
     eval.py run --data nowhere; eval.py run --data run; eval.py run --data run/ollm.json
     eval.py run --bench part; eval.py run --bench MME.tsv; eval.py run --question red --image part
-    eval.py run --question red --image none.png; eval.py --question red --image PICTURE base
+    eval.py run --question red --image none.png
+    eval.py --audio part/audio/000000.flac --image PICTURE base
     eval.py run --image PICTURE --audio PICTURE; eval.py run --image PICTURE --question unheard-of
     mmalign.py nowhere; mmalign.py run --data nowhere
     TRAIN --init nowhere; TRAIN --init part; TRAIN --init run/ollm.json; TRAIN --data nowhere

@@ -13,9 +13,9 @@ from conftest import build_ollm, run_here
 from PIL import Image
 
 import data
-from plumbing import prepared
-from model import normalize
 from data import AUDIO_SLOT, IGNORE
+from model import normalize
+from plumbing import prepared
 from plumbing.files import BadInput
 from plumbing.media import HELD_OUT_VOICES, speak
 from world import shapes
@@ -116,7 +116,8 @@ def test_tiles():
     image = Image.new("RGB", (896, 448))
     assert [t.size for t in data.tile(image, 6)] == [(448, 448)] * 3, "2 x 1 and a thumbnail"
     assert len(data.tile(image, 1)) == 1 and len(data.tile(image, 6, thumbnail=False)) == 2
-    red = data.picture_inputs(Image.new("RGB", (4, 4), (255, 0, 0)), {"max_tiles": 1, "image_size": 4})
+    settings = {"max_tiles": 1, "image_size": 4}
+    red = data.picture_inputs(Image.new("RGB", (4, 4), (255, 0, 0)), settings)
     values = normalize(red["pixel_values"])
     torch.testing.assert_close(values[0, :, 0, 0],
                                torch.tensor([(1 - 0.485) / 0.229, -0.456 / 0.224, -0.406 / 0.225]))

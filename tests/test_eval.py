@@ -7,9 +7,9 @@ import pytest
 
 import eval
 import mmalign
-from eval import names_what_is_there
 from plumbing.tables import seed_interval
 from world import shapes
+from world.answers import is_in_the_bases_words, is_of_the_kind, names_what_is_there
 
 
 def score_answer(row, answer):
@@ -98,19 +98,38 @@ def test_the_interval_over_five_seeds_is_the_textbooks():
 
 
 def test_the_example_is_a_question_that_only_the_second_answers_rightly(capsys):
-    rows = [{"question": str(i), "label": "red", "folder": "f", "image": f"{i}.png", "audio": audio}
+    rows = [{"question": str(i), "label": "red", "folder": "f", "image": f"{i}.png", "text": "red",
+             "audio": audio, "transcript": None}
             for i, audio in enumerate(("red", "blue", "green"))]
     better = [{**row, "audio": "red" if i else "blue"} for i, row in enumerate(rows)]
-    answers = {("SFT", 0): rows, ("KD 0.75", 0): better}
-    eval.print_differences(answers, lambda row, answer: float(answer == row["label"]))
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("KD 0.75 - SFT, spoken: +33.3 points, 95 % interval ")
-    assert lines[1] == "KD 0.75 is right and SFT wrong: 2 questions. The other way round: 1."
-    assert "1? (f/1.png)" in lines[2] and "SFT: blue  |  KD 0.75: red" in lines[3]
+    aligned = [{**row, "audio": "zero", "transcript": f"heard {i}"} for i, row in enumerate(rows)]
 
-    eval.print_differences({("SFT", 0): rows, ("KD 1", 0): rows}, lambda *_: 1.0)
-    assert capsys.readouterr().out.splitlines()[1:] == [
+    def score_row(row, answer):
+        return float(answer == row["label"])
+
+    eval.print_differences({("SFT", 0): rows, ("KD 0.75", 0): better}, score_row)
+    assert capsys.readouterr().out.startswith("KD 0.75 - SFT, spoken: +33.3 points, 95 % interval ")
+    eval.print_example({"aligned": aligned, "SFT": rows, "KD 0.75": better}, score_row)
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert lines == ["KD 0.75 is right and SFT wrong: 2 questions. The other way round: 1.",
+                     "The first: 1? (red) f/1.png", "base in writing red",
+                     "aligned aloud zero (heard: heard 1)", "SFT aloud blue", "KD 0.75 aloud red"]
+
+    eval.print_example({"SFT": rows, "KD 1": rows}, score_row)
+    assert capsys.readouterr().out.splitlines() == [
         "KD 1 is right and SFT wrong: 0 questions. The other way round: 0."]
+
+
+def test_answers_of_the_asked_kind_and_in_the_bases_words(rows):
+    asked = [row for row in rows if row["kind"] in shapes.KINDS]
+    assert all(is_of_the_kind(row, row["answer"]) for row in asked)
+    assert all(is_in_the_bases_words(row, row["answer"]) for row in asked)
+    for row in asked:
+        other = f"you see {row['label']} there"
+        assert is_of_the_kind(row, other) and not is_in_the_bases_words(row, other)
+        assert not is_of_the_kind(row, "the there") and not is_in_the_bases_words(row, "the there")
+    color, = [row for row in asked if row["kind"] == "color"][:1]
+    assert not is_of_the_kind(color, "it is two") and not is_in_the_bases_words(color, "it is two")
 
 
 def test_a_wrong_answer_that_names_something_of_the_picture():

@@ -260,8 +260,8 @@ def test_the_preset_aligns_trains_and_answers_from_original_checkpoints(world, t
     picture = world / "test/images/000000.png"
     answer = run_here("eval.py", run, "--image", picture, "--question", "What is this?",
                       cwd=tmp_path)
-    assert answer.returncode == 0 and answer.stdout.startswith("text "), answer.stderr
-    assert "What is this? (espeak-ng)" in answer.stdout
+    assert answer.returncode == 0 and "KD 0.75   in writing" in answer.stdout, answer.stderr
+    assert "\nKD 0.75   aloud  " in answer.stdout
 
 
 @pytest.mark.parametrize("options, named", [

@@ -8,8 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import (build_ollm, check_answers_do_not_depend_on_the_batch, collate,
-                      save_runs)
+from conftest import build_ollm, check_answers_do_not_depend_on_the_batch, collate, save_runs
 from PIL import Image
 
 import data

@@ -7,8 +7,13 @@ import pytest
 import torch
 from conftest import ROOT, run_here
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import (AutoModelForImageTextToText, InternVLConfig,
-                          InternVLForConditionalGeneration, Qwen2VLConfig, WhisperConfig)
+from transformers import (
+    AutoModelForImageTextToText,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    Qwen2VLConfig,
+    WhisperConfig,
+)
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 

@@ -199,8 +199,8 @@ def test_the_chain_makes_what_is_missing_and_reuses_it(world, tmp_path):
     run = tmp_path / "runs/shapes/vision-audio-a0.5-s3"
     one = run_here("eval.py", run, "--image", picture, "--question", "What colour is the circle?",
                    cwd=tmp_path)
-    assert (one.returncode == 0 and one.stdout.startswith("text ")
-            and "\naudio " in one.stdout), one.stderr
+    assert (one.returncode == 0 and one.stdout.startswith("KD 0.5    in writing")
+            and "\nKD 0.5    aloud" in one.stdout), one.stderr
     unknown = run_here("eval.py", run, "--image", picture, "--question", "is there a unicorn",
                        cwd=tmp_path)
     assert (unknown.returncode == 1 and "'unicorn'" in unknown.stderr

@@ -15,8 +15,12 @@ from pathlib import Path
 import torch
 from conftest import build_internvl2, published_names, write_qwen2_vl_tokenizer
 from safetensors.torch import save_file
-from transformers import (AutoConfig, AutoModelForImageTextToText, WhisperConfig,
-                          WhisperFeatureExtractor)
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    WhisperConfig,
+    WhisperFeatureExtractor,
+)
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from analysis import bench

@@ -6,8 +6,13 @@ There is nothing to run here; `train.py` builds them.
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from torch import nn
-from transformers import (InternVLConfig, InternVLForConditionalGeneration, PreTrainedTokenizerFast,
-                          WhisperConfig, WhisperFeatureExtractor)
+from transformers import (
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    PreTrainedTokenizerFast,
+    WhisperConfig,
+    WhisperFeatureExtractor,
+)
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from world import shapes
