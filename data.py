@@ -220,6 +220,57 @@ def count_answer_tokens(batch):
     return int((query["labels"] != IGNORE).sum())
 
 
+# ---- an epoch -----------------------------------------------------------------------------------
+
+
+class Epoch(torch.utils.data.Dataset):
+    """One epoch: item k is this rank's list of micro-batches for step k.
+
+    The samples of step k depend on data, seed, global batch and k alone. So an interrupted run goes
+    on with the same bytes; on another number of processes with the same steps, up to rounding.
+    """
+
+    def __init__(self, config, samples, order, collate, rank=0, world_size=1):
+        """order: groups of samples' numbers. A group is one sample, but in world/lessons.py."""
+        self.config, self.samples, self.order, self.collate = config, samples, order, collate
+        self.rank, self.world_size = rank, world_size
+
+    def __len__(self):
+        return math.ceil(len(self.order) / self.config["global_batch"])
+
+    def groups(self, step):
+        """Returns the samples of a step on all ranks, in groups, shortest first."""
+        size = self.config["global_batch"]
+        groups = self.order[step * size: (step + 1) * size]
+        return sorted(groups, key=lambda group: sum(map(self.samples.length, group)))
+
+    def sample_ids(self, step):
+        """Returns the ids of a step's samples."""
+        return [self.samples.rows[i]["id"] for i in sum(self.groups(step), [])]
+
+    def __getitem__(self, step):
+        # Every rank takes every world_size-th group, so that all have about the same work, and
+        # the same number of micro-batches. Neighbours in length share one: little is padded.
+        groups = self.groups(step)
+        size = self.config["micro_batch"]
+        mine = groups[self.rank:: self.world_size]
+        longest = math.ceil(len(groups) / self.world_size)
+        return [self.micro_batch(mine[start: start + size]) for start in range(0, longest, size)]
+
+    def micro_batch(self, groups):
+        """Collates groups. Without any, a batch without labels: DDP waits for every rank's."""
+        numbers = sum(groups or self.order[:1], [])
+        samples = [self.samples[i] for i in numbers]
+        batch = self.collate(samples)
+        if not groups:
+            for form in ("text", "audio"):
+                if batch[form] is not None:
+                    batch[form]["labels"].fill_(IGNORE)
+        elif self.config["on_policy"]:
+            batch["samples"] = samples
+        return batch
+
+
 # ---- commands ------------------------------------------------------------------------------------
 
 

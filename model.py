@@ -31,9 +31,11 @@ from data import AUDIO_SLOT, IGNORE, collate
 from loss import self_kd_loss
 from plumbing import runs
 from plumbing.files import BadInput, at
+from plumbing.prepared import how_asked
 from plumbing.processes import half_precision, to_device
-from real.checkpoints import empty_audio_encoder, load_lvlm, load_tokenizer
+from real.checkpoints import empty_audio_encoder, load_audio_encoder, load_lvlm, load_tokenizer
 from real.families import CHATS, lvlm_settings, prefix_positions
+from world.models import build_audio_encoder, build_lvlm
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -272,8 +274,7 @@ class OLLM(nn.Module):
     def answer(self, samples, forms=("text", "audio"), **options):
         """Answers a list of samples, asked in writing and aloud. Returns {form: [answer, ...]}."""
         batch = collate(samples, self.tokenizer, self.mel_extractor, self.settings, answers=False)
-        batch = to_device(batch, self.lvlm.device)
-        answers = {}
+        batch, answers = to_device(batch, self.lvlm.device), {}
         with half_precision(self.lvlm.device):
             prefix = self.encode_prefix(batch)
             if "text" in forms:
@@ -306,3 +307,28 @@ class OLLM(nn.Module):
             weights |= {f"lvlm.{name}": tensor for name, tensor in lvlm.state_dict().items()}
             ollm.load_state_dict(weights)
             return ollm.requires_grad_(False).move_to(device)
+
+
+def start_model(config, device="cpu"):
+    """Returns the OLLM that a stage starts from, frozen but for what the stage trains."""
+    torch.manual_seed(config["seed"])
+    stage = config["stage"]
+    ollm = OLLM(*build_lvlm()) if stage == "vision-text" else OLLM.load(config["init"], device)
+
+    # The stage audio-text gives the LVLM an audio encoder; vision-audio must find one.
+    if stage == "audio-text" and ollm.audio_encoder is None:
+        whisper = config["whisper"]
+        parts = load_audio_encoder(whisper) if whisper else build_audio_encoder()
+        ollm = OLLM(ollm.lvlm, ollm.tokenizer, ollm.settings, ollm.base, *parts)
+    if stage == "vision-audio" and ollm.audio_encoder is None:
+        raise BadInput(f"{config['init']}: has no audio encoder; vision-audio starts from an "
+                       "audio-text run")
+
+    # Kept in the run: evaluation prepares questions as training did.
+    for key in ("max_tiles", "audio_seconds"):
+        if config[key] is not None:
+            ollm.settings[key] = config[key]
+    if stage == "vision-audio":
+        ollm.settings |= how_asked(config["data"])
+    ollm.train_only(stage)
+    return ollm.eval()  # no dropout: teacher and student differ in the question alone

@@ -28,17 +28,13 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import data
-from data import IGNORE
-from model import OLLM
+from model import start_model
 from plumbing import processes, runs
 from plumbing.checkpoint import Resumable
 from plumbing.files import BadInput, only_writer, readable_errors
-from plumbing.prepared import how_asked
-from real.checkpoints import load_audio_encoder
 from real.families import BASES
 from world.lessons import lessons
 from world.make import make_if_missing
-from world.models import build_audio_encoder, build_lvlm
 from world.muon import Muon
 
 # ---- settings ------------------------------------------------------------------------------------
@@ -155,54 +151,6 @@ def configure(args, stage):
 # ---- what a step learns from ---------------------------------------------------------------------
 
 
-class Epoch(torch.utils.data.Dataset):
-    """One epoch: item k is this rank's list of micro-batches for step k.
-
-    The samples of step k depend on data, seed, global batch and k alone. So an interrupted run goes
-    on with the same bytes; on another number of processes with the same steps, up to rounding.
-    """
-
-    def __init__(self, config, samples, order, collate, rank=0, world_size=1):
-        """order: groups of samples' numbers. A group is one sample, but in world/lessons.py."""
-        self.config, self.samples, self.order, self.collate = config, samples, order, collate
-        self.rank, self.world_size = rank, world_size
-
-    def __len__(self):
-        return math.ceil(len(self.order) / self.config["global_batch"])
-
-    def groups(self, step):
-        """Returns the samples of a step on all ranks, in groups, shortest first."""
-        size = self.config["global_batch"]
-        groups = self.order[step * size: (step + 1) * size]
-        return sorted(groups, key=lambda group: sum(map(self.samples.length, group)))
-
-    def sample_ids(self, step):
-        """Returns the ids of a step's samples."""
-        return [self.samples.rows[i]["id"] for i in sum(self.groups(step), [])]
-
-    def __getitem__(self, step):
-        # Every rank takes every world_size-th group, so that all have about the same work, and
-        # the same number of micro-batches. Neighbours in length share one: little is padded.
-        groups = self.groups(step)
-        size = self.config["micro_batch"]
-        mine = groups[self.rank:: self.world_size]
-        longest = math.ceil(len(groups) / self.world_size)
-        return [self.micro_batch(mine[start: start + size]) for start in range(0, longest, size)]
-
-    def micro_batch(self, groups):
-        """Collates groups. Without any, a batch without labels: DDP waits for every rank's."""
-        numbers = sum(groups or self.order[:1], [])
-        samples = [self.samples[i] for i in numbers]
-        batch = self.collate(samples)
-        if not groups:
-            for form in ("text", "audio"):
-                if batch[form] is not None:
-                    batch[form]["labels"].fill_(IGNORE)
-        elif self.config["on_policy"]:
-            batch["samples"] = samples
-        return batch
-
-
 def make_epoch(config, ollm, rank=0, world_size=1):
     """Returns the Epoch that a config describes, for one rank."""
     samples = data.Samples(config["data"], ollm.settings, STAGES[config["stage"]][0])
@@ -214,7 +162,7 @@ def make_epoch(config, ollm, rank=0, world_size=1):
     random.Random(config["seed"]).shuffle(order)
     if config["stage"] == "vision-text":
         order, collate = lessons(samples.rows, collate, config["seed"])
-    return Epoch(config, samples, order, collate, rank, world_size)
+    return data.Epoch(config, samples, order, collate, rank, world_size)
 
 
 def learning_rate(step, steps, peak):
@@ -223,31 +171,6 @@ def learning_rate(step, steps, peak):
     if step < warmup:
         return peak * (step + 1) / warmup
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-
-
-def start_model(config, device="cpu"):
-    """Returns the OLLM that a stage starts from, frozen but for what the stage trains."""
-    torch.manual_seed(config["seed"])
-    stage = config["stage"]
-    ollm = OLLM(*build_lvlm()) if stage == "vision-text" else OLLM.load(config["init"], device)
-
-    # The stage audio-text gives the LVLM an audio encoder; vision-audio must find one.
-    if stage == "audio-text" and ollm.audio_encoder is None:
-        whisper = config["whisper"]
-        parts = load_audio_encoder(whisper) if whisper else build_audio_encoder()
-        ollm = OLLM(ollm.lvlm, ollm.tokenizer, ollm.settings, ollm.base, *parts)
-    if stage == "vision-audio" and ollm.audio_encoder is None:
-        raise BadInput(f"{config['init']}: has no audio encoder; vision-audio starts from an "
-                       "audio-text run")
-
-    # Kept in the run: evaluation prepares questions as training did.
-    for key in ("max_tiles", "audio_seconds"):
-        if config[key] is not None:
-            ollm.settings[key] = config[key]
-    if stage == "vision-audio":
-        ollm.settings |= how_asked(config["data"])
-    ollm.train_only(stage)
-    return ollm.eval()  # no dropout: teacher and student differ in the question alone
 
 
 # ---- the loop ------------------------------------------------------------------------------------

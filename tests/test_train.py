@@ -51,7 +51,7 @@ def make_epoch(n, phases=1, seed=0, rank=0, world_size=1, global_batch=8, micro_
         return {"text": {"labels": torch.tensor(samples)}, "audio": None}
 
     samples = Numbers(n, phases, together)
-    return train.Epoch(config, samples, order_lessons(samples.rows, seed), collate, rank,
+    return data.Epoch(config, samples, order_lessons(samples.rows, seed), collate, rank,
                        world_size)
 
 
