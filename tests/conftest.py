@@ -82,6 +82,17 @@ def run_here(script, *arguments, cwd):
     return subprocess.CompletedProcess(script, code, out.getvalue(), errors.getvalue())
 
 
+def read_lines(path):
+    """Returns the values of a JSONL file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def contents(folder):
+    """Returns {name: bytes} of all files of a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes()
+            for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
     """A prepared built-in world of a few dozen samples: a folder with the four parts."""

@@ -1,6 +1,5 @@
 """The on-disk format: reproducible, restartable, read with clear errors, collated right."""
 
-import hashlib
 import json
 import random
 import shutil
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import build_ollm, run_here
+from conftest import build_ollm, contents, run_here
 from PIL import Image
 
 import data
@@ -26,13 +25,6 @@ from world.lessons import spread_positions
 SETTINGS = {"image_size": 64, "max_tiles": 1}
 
 
-def digest(folder):
-    """A hash over the names and bytes of all files of a folder."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in files}
-
-
 def make(folder, seed=3, n=100):
     return run_here("data.py", "shapes", "--seed", seed, "--out", folder, "--scenes", 12,
                     "--clips", 40, "--n", n, "--test", 32, cwd=folder.parent)
@@ -41,13 +33,13 @@ def make(folder, seed=3, n=100):
 def test_same_seed_same_bytes_and_restart(world, tmp_path):
     again = tmp_path / "again"
     assert make(again).returncode == 0
-    assert digest(again) == digest(world)
+    assert contents(again) == contents(world)
     # As if killed half-way: no list of samples yet, some files missing, a temporary one left.
     (again / "audio-text/samples.jsonl").unlink()
     (again / "audio-text/audio/000007.flac").unlink()
     kept = (again / "audio-text/audio/000008.flac").stat().st_mtime_ns
     assert make(again).returncode == 0
-    assert digest(again) == digest(world)
+    assert contents(again) == contents(world)
     assert (again / "audio-text/audio/000008.flac").stat().st_mtime_ns == kept, (
         "what exists is kept")
 
@@ -55,7 +47,7 @@ def test_same_seed_same_bytes_and_restart(world, tmp_path):
 def test_another_seed_is_another_world_and_may_not_mix(world, tmp_path):
     other = tmp_path / "other"
     assert make(other, seed=4).returncode == 0
-    assert digest(other)["test/samples.jsonl"] != digest(world)["test/samples.jsonl"]
+    assert contents(other)["test/samples.jsonl"] != contents(world)["test/samples.jsonl"]
     mixed = make(other, seed=5)
     assert (mixed.returncode == 1 and mixed.stderr.count("\n") == 1
             and "settings.json" in mixed.stderr)

@@ -7,7 +7,7 @@ import shutil
 from collections import Counter
 
 import pytest
-from conftest import run_here, save_runs
+from conftest import contents, read_lines, run_here, save_runs
 from PIL import Image
 from test_sources import build_vits
 
@@ -90,15 +90,6 @@ def built(aro, tmp_path_factory):
     return folder / "mmalign", done.stdout
 
 
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def contents(folder):
-    return {str(path.relative_to(folder)): path.read_bytes()
-            for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
 def pick_rows(aro, out, rows=None, seed=0, images="images", kind="relation", n=N):
     """Returns the lines picked from a relation file, without their speech, and what is skipped."""
     (out / "images").mkdir(parents=True, exist_ok=True)
@@ -111,7 +102,7 @@ def pick_rows(aro, out, rows=None, seed=0, images="images", kind="relation", n=N
 def test_every_question_is_built_as_promised_and_the_true_sentence_is_first_in_half(built):
     folder, _ = built
     first = Counter()
-    for line in lines(folder / "samples.jsonl"):
+    for line in read_lines(folder / "samples.jsonl"):
         pair = [line["label"], line["false"]]
         wordings = [mmalign.QUESTION.format(*pair), mmalign.QUESTION.format(*reversed(pair))]
         assert line["answer"] == line["label"] != line["false"] and line["question"] in wordings
@@ -147,7 +138,7 @@ def test_pictures_are_cut_to_the_box_and_the_border(aro, tmp_path):
 
 def test_what_cannot_be_asked_is_reported(aro, built, tmp_path):
     folder, printed = built
-    counts = Counter(line["skipped"].split(":")[0] for line in lines(folder / "skipped.jsonl"))
+    counts = Counter(line["skipped"].split(":")[0] for line in read_lines(folder / "skipped.jsonl"))
     assert f"{2 * N} samples; {counts.total()} left out" in printed
     assert all(f"{count}  {reason}" in printed for reason, count in counts.items())
     for reason, count in REASONS.items():  # not every picture is looked at
@@ -264,10 +255,10 @@ def test_mms_can_speak_it(aro, tmp_path):
     done = run_here(*command(aro, tmp_path / "out", n=2, tts="mms", voice=voice, **options),
                     cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert {line["label"] for line in lines(tmp_path / "out/samples.jsonl")} >= {
+    assert {line["label"] for line in read_lines(tmp_path / "out/samples.jsonl")} >= {
         row["true_caption"] for row in rows[10:]}
     assert all("the voice cannot say: &" in line["skipped"]
-               for line in lines(tmp_path / "out/skipped.jsonl"))
+               for line in read_lines(tmp_path / "out/skipped.jsonl"))
     samples = data.Samples(tmp_path / "out", {"max_tiles": 1, "image_size": 64})
     assert len(samples) == 4
     assert all(len(samples[i]["wave"]) > 1000 and "voice" not in samples[i] for i in range(4))
@@ -390,12 +381,12 @@ def test_a_built_folder_is_asked_in_writing_and_aloud(built, run, tmp_path, worl
     assert done.returncode == 0, done.stderr
     assert list(table(done.stdout))[2:6] == ["relation", "attribute", "MMAlign mean", "answered"]
     assert f"{2 * N} held-out questions" in done.stdout
-    answers = lines(run / "answers-MMAlign.jsonl")
+    answers = read_lines(run / "answers-MMAlign.jsonl")
     assert len(answers) == 2 * N
     assert all(isinstance(line[form], str) for line in answers for form in ("text", "audio"))
 
     (tmp_path / "others").mkdir()
-    others = [line for line in lines(world / "test/samples.jsonl") if line["kind"] == "color"]
+    others = [line for line in read_lines(world / "test/samples.jsonl") if line["kind"] == "color"]
     (tmp_path / "others/samples.jsonl").write_text("".join(json.dumps(o) + "\n" for o in others))
     none = run_here("mmalign.py", run, "--data", "others", cwd=tmp_path)
     assert none.returncode == 1 and none.stderr.count("\n") == 1 and "others" in none.stderr

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import ROOT, run_here
+from conftest import ROOT, contents, read_lines, run_here
 from PIL import Image
 from transformers import VitsConfig, VitsModel, VitsTokenizer
 
@@ -66,19 +66,11 @@ def llava(tmp_path):
             "--images", tmp_path / "pictures"]
 
 
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def contents(folder):
-    return {str(path.relative_to(folder)): path.read_bytes()
-            for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
 def test_llava_rows_are_taken_cleaned_or_left_out_with_a_reason(llava, tmp_path):
     done = run_here(*llava, "--tts", "espeak", "--out", tmp_path / "out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    kept, skipped = lines(tmp_path / "out/samples.jsonl"), lines(tmp_path / "out/skipped.jsonl")
+    kept = read_lines(tmp_path / "out/samples.jsonl")
+    skipped = read_lines(tmp_path / "out/skipped.jsonl")
     assert len(kept) == 42 and kept[0]["answer"] == "Cat"
     assert kept[0]["question"] == f"What is this?\n{SHORT}" and "after" not in kept[0]
     assert kept[1]["question"] == "How warm is the café, 30 °C?"
@@ -99,9 +91,9 @@ def test_a_draw_is_seeded_and_other_arguments_are_refused(llava, tmp_path):
         done = run_here(*llava, "--tts", "espeak", "--n", 5, "--seed", seed, "--out", out,
                         cwd=tmp_path)
         assert done.returncode == 0, done.stderr
-        drawn = [*lines(out / "samples.jsonl"), *lines(out / "skipped.jsonl")]
+        drawn = [*read_lines(out / "samples.jsonl"), *read_lines(out / "skipped.jsonl")]
         assert len(drawn) == 5 + 8, "eight rows cannot be used, five of the others are drawn"
-    assert lines(tmp_path / "0/samples.jsonl") != lines(tmp_path / "1/samples.jsonl")
+    assert read_lines(tmp_path / "0/samples.jsonl") != read_lines(tmp_path / "1/samples.jsonl")
     done = run_here(*llava, "--tts", "espeak", "--n", 6, "--out", tmp_path / "0", cwd=tmp_path)
     assert done.returncode == 1 and "settings.json" in done.stderr
     assert done.stderr.count("\n") == 1
@@ -147,7 +139,7 @@ def test_what_was_interrupted_goes_on_and_leaves_the_same_bytes(llava, tmp_path,
     assert again.returncode == 0, again.stderr
     kept = {k: v for k, v in contents(out).items() if not k.endswith(".tmp")}
     assert kept == contents(tmp_path / "whole")
-    assert len(lines(out / "samples.jsonl")) == (42 if tts == "espeak" else 41), "no MMS for °"
+    assert len(read_lines(out / "samples.jsonl")) == (42 if tts == "espeak" else 41), "no MMS for °"
 
 
 @pytest.mark.parametrize("source", ["llava", "manifest", "commonvoice"])
@@ -199,7 +191,8 @@ def test_librispeech(tmp_path):
     command = ("data.py", "librispeech", "--root", tmp_path)
     done = run_here(*command, "--split", "dev-clean", "--out", tmp_path / "out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    kept, skipped = lines(tmp_path / "out/samples.jsonl"), lines(tmp_path / "out/skipped.jsonl")
+    kept = read_lines(tmp_path / "out/samples.jsonl")
+    skipped = read_lines(tmp_path / "out/skipped.jsonl")
     assert kept == [{"id": "84-121123-0000", "audio": "audio/84-121123-0000.flac",
                      "answer": "go do you hear"}]
     assert skipped[0]["id"] == "84-121123-0001" and "31.0 s" in skipped[0]["skipped"]
@@ -217,10 +210,10 @@ def test_commonvoice(tmp_path):
     done = run_here("data.py", "commonvoice", "--tsv", tmp_path / "validated.tsv",
                     "--clips", tmp_path / "clips", "--out", tmp_path / "cv", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert lines(tmp_path / "cv/samples.jsonl") == [
+    assert read_lines(tmp_path / "cv/samples.jsonl") == [
         {"id": "common_voice_en_1", "audio": "audio/common_voice_en_1.flac",
          "answer": "he said no"}]
-    assert "gone.mp3" in lines(tmp_path / "cv/skipped.jsonl")[0]["skipped"]
+    assert "gone.mp3" in read_lines(tmp_path / "cv/skipped.jsonl")[0]["skipped"]
     wave = data.load_audio(tmp_path / "cv/audio/common_voice_en_1.flac")
     assert len(wave) == pytest.approx(16_000, rel=0.1)  # MP3 pads
 
@@ -244,7 +237,7 @@ def test_manifests(tmp_path):
     done = run_here(*command, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "2  the transcript has a tag" in done.stdout
-    assert lines(tmp_path / "m/samples.jsonl")[0] == {
+    assert read_lines(tmp_path / "m/samples.jsonl")[0] == {
         "id": "x_1", "audio": "audio/x_1.flac", "answer": "ünïcode"}
     whole = data.load_audio(tmp_path / "m/audio/x_1.flac")
     part = data.load_audio(tmp_path / "m/audio/00000001.flac")
