@@ -37,8 +37,10 @@ def about(run):
     if finished(run):
         with at(path):
             info = read_json(path)
-            for key in ("settings", "base", "training"):
+            for key in ("settings", "base"):
                 info[key]  # an error, if it is not there
+            for key in ("stage", "seed", "alpha", "on_policy", "temperature"):
+                info["training"][key]
             return info
     is_hub_id = len(Path(run).parts) == 2 and not Path(run).is_absolute()
     if is_hub_id and not os.path.exists(run) or (Path(run) / "config.json").exists():
