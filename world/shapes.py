@@ -75,10 +75,8 @@ OTHER_HAND = ("what the picture shows is {y}", "in the picture you see {y}", "yo
 
 
 def is_held_out(thing):
-    """Tells whether a scene or a sentence is held out: one in eight is, by a hash of its content.
-
-    So no list is needed. Training sees no such scene and speaks no such sentence.
-    """
+    """Tells whether a scene or a sentence is held out: one in eight, by a hash of its content."""
+    # So no list is needed: training never sees such a scene, and never speaks such a sentence.
     return hashlib.sha256(str(thing).encode()).digest()[0] % 8 == 0
 
 
