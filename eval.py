@@ -48,6 +48,11 @@ def transcribe(ollm, samples):
     return ollm.answer(speech, ("audio",))["audio"]
 
 
+def batch_size(ollm, args):
+    """Returns how many questions are answered at once: --batch, 8, or of a tiny model 100."""
+    return args.batch or (8 if ollm.settings["image_size"] > shapes.SIZE else 100)
+
+
 def evaluate(run, folder, kinds, args):
     """Asks a run the first args.n questions of these kinds.
 
@@ -69,10 +74,9 @@ def evaluate(run, folder, kinds, args):
         print(f"note: {folder} is spoken by {spoken}; in training of {run} it was {trained}")
     transcribes = runs.about(run)["training"]["stage"] == "audio-text"
 
-    # Like lengths are asked together; the rows come back in the folder's order. The built-in
-    # world's pictures are small, and its models tiny.
+    # Like lengths are asked together; the rows come back in the folder's order.
     rows, indices = {}, sorted(indices, key=samples.length)
-    size = args.batch or (8 if ollm.settings["image_size"] > shapes.SIZE else 100)
+    size = batch_size(ollm, args)
     starts = range(0, len(indices), size)
     for start in tqdm(starts, desc=str(run), unit="batch", leave=False):
         chunk = indices[start: start + size]
@@ -96,14 +100,14 @@ def answer_question(args):
     if len(wave) > MAX_SECONDS * data.SAMPLE_RATE:
         raise BadInput(f"the question takes over {MAX_SECONDS} s to say, Whisper hears no more")
 
-    bases = set()
+    image, bases = data.load_image(args.image), set()
     for run in runs.asked_for(args):
         ollm = OLLM.load(run, args.device).eval()
         if args.max_tiles:
             ollm.settings["max_tiles"] = args.max_tiles
         if args.question is not None:
             check_words(ollm.tokenizer, args.question)
-        picture = data.picture_inputs(data.load_image(args.image), ollm.settings)
+        picture = data.picture_inputs(image, ollm.settings)
         sample = {"pixels": picture, "question": args.question or "", "answer": ""}
 
         # The LLM is frozen: all runs on a base read alike, so only the first of them is asked.

@@ -17,11 +17,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 import data
+from eval import batch_size
 from model import OLLM
 from plumbing import prepared, runs
 from plumbing.files import json_lines, read_json, readable_errors
 from plumbing.processes import default_device
-from world import shapes
 
 
 def answer_all(ollm, folder, path, size):
@@ -45,9 +45,8 @@ def answer_all(ollm, folder, path, size):
 def relabel(args):
     """Makes the folder --out: the old lines with the base's answers, their files linked."""
     ollm, out = OLLM.load(args.base, args.device).eval(), Path(args.out)
-    size = args.batch or (8 if ollm.settings["image_size"] > shapes.SIZE else 100)
     answers = out / "answers.jsonl"
-    answer_all(ollm, args.folder, answers, size)
+    answer_all(ollm, args.folder, answers, batch_size(ollm, args))
 
     results = []
     for line, (_, answer) in zip(prepared.read_samples(args.folder), json_lines(answers)):
