@@ -6,8 +6,9 @@
 
 questions.py reads the files and writes the prompts, scorers.py scores, report.py prints and draws;
 here they are asked. Answers are appended to RUN/predictions batch by batch, so an evaluation that
-was interrupted goes on where it stopped and ends with the same file. A model that is no run of ours
-has its answers in runs/asked/NAME, a server's in runs/endpoint/NAME.
+was interrupted goes on where it stopped and ends with the same file. Each file has a lock of its
+own: seven commands may ask a run seven benchmarks at once. A model that is no run of ours has its
+answers in runs/asked/NAME, a server's in runs/endpoint/NAME.
 """
 
 import argparse
@@ -267,7 +268,7 @@ def score_subject(subject, files, args):
         if args.tts == "mms" and "audio" in subject.forms:
             speak_rows(rows, args)
         path = predictions_file(subject, settings, file.stem, suffix, args)
-        with only_writer(path.parent):
+        with only_writer(path.parent, file=path.name):  # other benchmarks may be asked beside it
             predictions = predict(subject, settings, rows, path, args)
         for form in subject.forms:
             for row in rows:

@@ -1,6 +1,7 @@
-"""Files that are whole or absent, folders with one writer, and errors in one line."""
+"""Files that are whole or absent, folders and files with one writer, and errors in one line."""
 
 import contextlib
+import glob
 import json
 import os
 import re
@@ -153,25 +154,30 @@ def flush_to_disk(path):
 
 
 @contextlib.contextmanager
-def only_writer(folder, patience=120):
+def only_writer(folder, patience=120, file=""):
     """Makes the folder and holds its lock, which the system takes back however this process ends.
 
     patience: seconds to wait for another writer before BadInput is raised
+    file: hold the lock of this file in it alone, so that others may write its other files
     """
     folder = Path(folder)
-    with at(f"{folder}: cannot be made or locked (without locks, choose another disk)"):
+    place = folder / file
+    with at(f"{place}: cannot be made or locked (without locks, choose another disk)"):
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock")
+        lock = FileLock(folder / (f".{file}.lock" if file else ".lock"))
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            print(f"{folder}: another process writes there; waiting up to {patience:g} s for it",
+            print(f"{place}: another process writes there; waiting up to {patience:g} s for it",
                   file=sys.stderr)
             lock.acquire(timeout=patience)
 
     try:
         # What a killed writer left half done goes first.
-        for pattern in (".*.tmp", "images/.*.tmp", "audio/.*.tmp"):
+        patterns = (".*.tmp", "images/.*.tmp", "audio/.*.tmp")
+        if file:
+            patterns = (f".{glob.escape(file)}.*.tmp",)
+        for pattern in patterns:
             for half in folder.glob(pattern):
                 shutil.rmtree(half) if half.is_dir() else half.unlink(missing_ok=True)
         yield

@@ -4,6 +4,8 @@ import base64
 import csv
 import io
 import json
+import multiprocessing
+import os
 import shutil
 import subprocess
 import sys
@@ -12,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, build_ollm, run_here, save_runs
+from conftest import ROOT, build_ollm, contents, run_here, save_runs
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_sources import build_vits
@@ -134,6 +136,40 @@ def test_an_evaluation_that_was_killed_goes_on_to_the_same_answers(copy):
     predictions.unlink()
     assert run_here("eval.py", *options, cwd=copy).returncode == 0
     assert predictions.read_text() == went_on and went_on.count("\n") == 16
+
+
+def test_seven_processes_ask_one_run_seven_benchmarks_at_once(copy):
+    """They waited for each other and stopped after two minutes: the folder had one lock."""
+    files = sorted((copy / "tsv").glob("*.tsv"))
+    context = multiprocessing.get_context("fork")
+    all_ready = context.Barrier(len(files))
+
+    def ask_one(path):
+        """Asks a benchmark of the run; its answers begin when all other processes' do."""
+        predict = ask.predict
+
+        def predict_together(*arguments):
+            all_ready.wait(timeout=60)  # each holds its lock here
+            return predict(*arguments)
+
+        ask.predict = predict_together
+        done = run_here("eval.py", "sft", "--bench", path, "--max-new-tokens", 2,
+                        "--out", f"report-{path.stem}", cwd=copy)
+        os._exit(done.returncode)
+
+    processes = [context.Process(target=ask_one, args=(path,)) for path in files]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=100)
+    assert [process.exitcode for process in processes] == [0] * 7
+
+    # Asked once more, all together are there already, and make one table.
+    before = contents(copy / "sft/predictions")
+    done = run_here("eval.py", "sft", "--bench", "tsv", "--max-new-tokens", 2, cwd=copy)
+    assert done.returncode == 0 and "| mean " in done.stdout, done.stderr
+    assert contents(copy / "sft/predictions") == before
+    assert len([name for name in before if name.endswith(".jsonl")]) == 7
 
 
 def test_whole_batches_are_not_asked_again(place, tmp_path, monkeypatch):

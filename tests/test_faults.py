@@ -273,6 +273,20 @@ def test_one_writer_a_folder_and_its_lock_dies_with_it(tmp_path):
             "what was half done is removed")
 
 
+def test_one_writer_a_file_leaves_the_folder_s_other_files_to_others(tmp_path):
+    half = {name: tmp_path / f".{name}.7.tmp" for name in ("MME[1].jsonl", "DocVQA.jsonl")}
+    with only_writer(tmp_path, 0, file="MME[1].jsonl"):
+        for path in half.values():
+            path.write_text("half")
+        with only_writer(tmp_path, 0, file="DocVQA.jsonl"):
+            assert [path.exists() for path in half.values()] == [True, False], "its own half goes"
+        with pytest.raises(BadInput, match=r"MME\[1\].jsonl: "):
+            with only_writer(tmp_path, 0, file="MME[1].jsonl"):
+                pass
+    with only_writer(tmp_path, 0, file="MME[1].jsonl"):
+        assert not half["MME[1].jsonl"].exists()
+
+
 def test_a_file_is_whole_or_as_it_was(tmp_path):
     path = tmp_path / "file"
     path.write_text("before")

@@ -86,7 +86,7 @@ def files(folder):
     """{name: SHA-256} of all files but locks, and of the log without what stands under "time"."""
     found = {}
     for path in folder.rglob("*"):
-        if path.is_file() and path.name != ".lock":
+        if path.is_file() and not path.name.endswith(".lock"):
             content = path.read_bytes()
             if path.name == "log.jsonl":
                 lines = [json.loads(line) for line in content.splitlines()]
