@@ -30,7 +30,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from plumbing import prepared
-from plumbing.files import BadInput, at, readable_errors
+from plumbing.files import at, readable_errors
 from plumbing.media import SAMPLE_RATE, load_audio, load_image, speak  # noqa: F401 (data.speak)
 from plumbing.processes import end_with_parent
 from real import corpora, families
@@ -52,29 +52,20 @@ class Samples(torch.utils.data.Dataset):
         """Reads all lines. Pictures and recordings are read when an item is.
 
         folders: one or a list; settings: model.py's, for pictures
-        forms: which forms of the question are needed; others are left out, their files unopened
+        forms: which forms of the question every line must have; others are left out, unopened
         """
         if isinstance(folders, (str, Path)):
             folders = [folders]
         self.settings = settings
         self.folders = [Path(folder) for folder in folders]
-        self.rows = [row for folder in self.folders for row in prepared.read_samples(folder)]
+        self.rows = prepared.Rows(self.folders, forms)
         self.last_picture = None, None  # path and inputs: a group's questions have one picture
-
-
-        # A form that is needed must be there. One that is not is forgotten.
-        for row in self.rows:
-            for form in ("question", "audio"):
-                if form not in forms:
-                    row.pop(form, None)
-                elif form not in row:
-                    raise BadInput(f"{row['where']}: has no {form}, which is needed here")
 
     def __len__(self):
         return len(self.rows)
 
     def __getitem__(self, index):
-        sample = dict(self.rows[index])
+        sample = self.rows[index]
         folder = Path(sample["folder"])
         with at(sample["where"]):
             if "image" in sample:
@@ -88,8 +79,7 @@ class Samples(torch.utils.data.Dataset):
 
     def length(self, index):
         """Estimates a sample's length in characters, to put like with like in a batch."""
-        row = self.rows[index]
-        return len(row.get("question", "")) + len(row["answer"])
+        return self.rows.lengths[index]
 
     def fingerprint(self):
         """Returns the SHA-256 of the folders' lines: which data this is."""

@@ -49,7 +49,7 @@ def relabel(args):
     answer_all(ollm, args.folder, answers, batch_size(ollm, args))
 
     results = []
-    for line, (_, answer) in zip(prepared.read_samples(args.folder), json_lines(answers)):
+    for line, (_, answer) in zip(prepared.Rows([args.folder]), json_lines(answers)):
         folder = Path(line.pop("folder"))
         line.pop("where")
         for key in ("image", "audio"):

@@ -79,14 +79,19 @@ def read_json(path):
         return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
+def byte_lines(path):
+    """Yields ("file:line", bytes without the line's end) for each line of a text file."""
+    with at(path), open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            yield f"{path}:{number}", line.rstrip(b"\r\n")
+
+
 def json_lines(path):
     """Yields ("file:line", value) for each line of a JSONL file. Raises BadInput with the place."""
-    with at(path):
-        lines = Path(path).read_bytes().splitlines()
-    for number, line in enumerate(lines, 1):
-        with at(f"{path}:{number}"):
+    for where, line in byte_lines(path):
+        with at(where):
             value = json.loads(line)
-        yield f"{path}:{number}", value
+        yield where, value
 
 
 # ---- writing -------------------------------------------------------------------------------------

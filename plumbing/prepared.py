@@ -4,12 +4,15 @@ A line of samples.jsonl is a sample. What could not be used has a line in skippe
 id and the reason, and settings.json tells how the folder was made.
 """
 
+import bisect
 import functools
 import hashlib
 import json
 import os
 import random
+from array import array
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from tqdm import tqdm
@@ -17,7 +20,7 @@ from tqdm import tqdm
 from plumbing.files import (
     BadInput,
     at,
-    json_lines,
+    byte_lines,
     only_writer,
     read_json,
     write_json_lines,
@@ -32,19 +35,63 @@ LISTS = ("annotations", "tsv", "manifest", "relation", "attribution")  # options
 # ---- reading -------------------------------------------------------------------------------------
 
 
-def read_samples(folder):
-    """Returns the lines of folder/samples.jsonl as dicts; adds "where" (file:line) and "folder"."""
-    samples = []
-    for where, sample in json_lines(Path(folder) / "samples.jsonl"):
-        with at(where):
-            check_sample(sample)
-        number = str(len(samples) + 1)
+class Rows(Sequence):
+    """The lines of prepared folders. Row i is a dict, made of the bytes of line i when asked for.
+
+    A million dicts take a gigabyte, and soon a gigabyte more in each process that reads ahead:
+    Python counts references inside them, so the processes cannot share them. Bytes they can.
+    """
+
+    def __init__(self, folders, forms=None):
+        """Reads and checks all lines. Raises BadInput with the file and line.
+
+        forms: of the question; every row must have these, others are left out. None: as they stand
+        """
+        self.folders = [Path(folder) for folder in folders]
+        self.forms = forms
+        self.content = bytearray()  # all lines, one behind the other
+        self.ends = array("q", [0])  # line i is content[ends[i]: ends[i + 1]]
+        self.lengths = array("i")  # of a row's question and answer, in characters
+        self.firsts = []  # the number of each folder's first row
+        for folder in self.folders:
+            self.firsts.append(len(self))
+            for where, line in byte_lines(folder / "samples.jsonl"):
+                with at(where):
+                    sample = self.parse(line)
+                self.content += line
+                self.ends.append(len(self.content))
+                self.lengths.append(len(sample.get("question", "")) + len(sample["answer"]))
+            if len(self) == self.firsts[-1]:
+                raise BadInput(f"{folder}/samples.jsonl: has no sample")
+
+    def parse(self, line):
+        """Returns a line as a dict, without forms of the question that are not needed.
+
+        Raises an error unless it is a sample and has those that are.
+        """
+        sample = json.loads(line)
+        check_sample(sample)
+        if self.forms is not None:
+            for form in ("question", "audio"):
+                if form not in self.forms:
+                    sample.pop(form, None)
+                elif form not in sample:
+                    raise BadInput(f"has no {form}, which is needed here")
+        return sample
+
+    def __len__(self):
+        return len(self.lengths)
+
+    def __getitem__(self, index):
+        """Returns a row, a new dict each time; adds "where" (file:line) and "folder"."""
+        index = range(len(self))[index]  # raises IndexError behind the last one
+        part = bisect.bisect_right(self.firsts, index) - 1
+        folder, number = self.folders[part], index - self.firsts[part] + 1
+        sample = self.parse(self.content[self.ends[index]: self.ends[index + 1]])
         if "group" in sample:  # other folders have groups of the same name
             sample["group"] = f"{folder}/{sample['group']}"
-        samples.append({"id": number, **sample, "where": where, "folder": str(folder)})
-    if not samples:
-        raise BadInput(f"{folder}/samples.jsonl: has no sample")
-    return samples
+        return {"id": str(number), **sample, "where": f"{folder}/samples.jsonl:{number}",
+                "folder": str(folder)}
 
 
 def check_sample(sample):

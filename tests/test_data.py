@@ -1,8 +1,10 @@
 """The on-disk format: reproducible, restartable, read with clear errors, collated right."""
 
+import gc
 import json
 import random
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -58,7 +60,7 @@ def test_scenes_and_voices_of_the_test_part_are_held_out(world):
     seen = {repr(shapes.draw_scene(rng, held_out=False)) for _ in range(3000)}
     held = {repr(shapes.draw_scene(rng, held_out=True)) for _ in range(3000)}
     assert not seen & held
-    voices = {part: {row["voice"] for row in prepared.read_samples(world / part)}
+    voices = {part: {row["voice"] for row in prepared.Rows([world / part])}
               for part in ("audio-text", "test")}
     assert not voices["audio-text"] & voices["test"] and len(voices["test"]) > 3
 
@@ -70,7 +72,7 @@ def test_label_noise_spoils_about_its_share_and_only_of_training(world):
                 for _ in range(1500)]
         wrong = sum(row["label"] not in row["answer"] for row in rows) / len(rows)
         assert abs(wrong - noise) < 0.04, (noise, wrong)
-    assert all(row["label"] in row["answer"] for row in prepared.read_samples(world / "test"))
+    assert all(row["label"] in row["answer"] for row in prepared.Rows([world / "test"]))
 
 
 def test_another_writer_is_as_right_in_words_that_the_base_never_uses():
@@ -91,10 +93,10 @@ def test_another_writer_is_as_right_in_words_that_the_base_never_uses():
 
 
 def test_one_sentence_in_eight_is_never_spoken_in_training_and_half_of_the_tests(world):
-    spoken = {row["question"] for row in prepared.read_samples(world / "vision-audio")}
-    spoken |= {row["answer"] for row in prepared.read_samples(world / "audio-text")}
+    spoken = {row["question"] for row in prepared.Rows([world / "vision-audio"])}
+    spoken |= {row["answer"] for row in prepared.Rows([world / "audio-text"])}
     assert not any(map(shapes.is_held_out, spoken))
-    test = prepared.read_samples(world / "test")
+    test = prepared.Rows([world / "test"])
     assert sum(row["heard"] for row in test) == len(test) / 2
     assert all(row["heard"] != shapes.is_held_out(row["question"]) for row in test)
     rng = random.Random(0)
@@ -185,6 +187,60 @@ def test_spread_positions_keep_their_order_and_leave_the_answer_whole():
     assert 0.3 < plain < 0.55 and 20 < max(row[6] for row in spread) <= 24
     assert spread[7] == spread_positions({"id": "7"}, 6, 10, seed=0).tolist(), (
         "a function of seed and sample")
+
+
+@pytest.fixture
+def two_folders(tmp_path):
+    """Two small folders: what may stand in a line, and what may be missing."""
+    lines = {"a": [{"id": "x", "question": "what é", "answer": "red", "group": 7},
+                   {"question": "how many", "audio": "audio/1.flac", "answer": "two"}],
+             "b": [{"audio": "audio/2.flac", "answer": "it is", "image": "images/2.png"},
+                   {"id": "y", "question": "who", "answer": "she", "group": 7}]}
+    for name, values in lines.items():
+        (tmp_path / name).mkdir()
+        text = "\r\n".join(json.dumps(value, ensure_ascii=False) for value in values)
+        (tmp_path / name / "samples.jsonl").write_bytes(text.encode())
+    return tmp_path / "a", tmp_path / "b", lines
+
+
+def test_rows_are_the_lines_of_all_folders(two_folders):
+    a, b, lines = two_folders
+    rows, expected = prepared.Rows([a, f"{b}/"]), []
+    for folder in (a, b):
+        for number, line in enumerate(lines[folder.name], 1):
+            group = {"group": f"{folder}/7"} if "group" in line else {}
+            place = {"where": f"{folder}/samples.jsonl:{number}", "folder": str(folder)}
+            expected.append({"id": str(number), **line, **group, **place})
+    assert list(rows) == expected and len(rows) == 4 and rows[-1] == expected[3]
+    assert list(rows.lengths) == [9, 11, 5, 6]
+    rows[0]["answer"] = "changed"
+    assert rows[0] == expected[0], "a row is a new dict each time"
+    with pytest.raises(IndexError):
+        rows[4]
+
+
+def test_rows_have_the_forms_that_are_needed_and_no_other(two_folders):
+    a, b, _ = two_folders
+    written = prepared.Rows([a], ["question"])
+    assert [row.keys() & {"question", "audio"} for row in written] == [{"question"}] * 2
+    assert list(written.lengths) == [9, 11]
+    silent = prepared.Rows([a, b], [])
+    assert not any(row.keys() & {"question", "audio"} for row in silent)
+    assert list(silent.lengths) == [3, 3, 5, 3], "what is left out has no length"
+    with pytest.raises(BadInput, match="b/samples.jsonl:1: has no question"):
+        prepared.Rows([a, b], ["question"])
+
+
+def test_rows_are_bytes_and_not_an_object_each(tmp_path):
+    """A process that reads ahead would copy each object's page as soon as it counts references."""
+    line = json.dumps({"id": "x", "question": "what is it", "answer": "red"}) + "\n"
+    (tmp_path / "samples.jsonl").write_text(line * 5000)
+    gc.collect()
+    objects = len(gc.get_objects())
+    rows = prepared.Rows([tmp_path])
+    assert len(gc.get_objects()) - objects < 100
+    held = [rows.content, rows.ends, rows.lengths]
+    assert sum(map(sys.getsizeof, held)) < 5000 * (len(line) + 16) * 1.2
 
 
 @pytest.mark.parametrize("line", [
