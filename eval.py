@@ -3,6 +3,7 @@
     python eval.py                                           # base, aligned, every alpha of seed 0
     python eval.py runs/shapes/vision-audio-a*-s[012]        # any runs; seeds are averaged
     python eval.py --show 10 runs/shapes/audio-text-s0       # and print ten of its answers
+    python eval.py RUN [RUN ...] --data FOLDER               # any data: word errors, or agreement
     python eval.py --image scene.png --question "what color is the square"    # one to every run
     python eval.py RUN --image scene.png --audio question.wav                 # spoken by you
     python eval.py RUN RUN --bench DIR                       # the paper's seven benchmarks
@@ -11,7 +12,9 @@
 Answers are generated greedily, and each picture is read once for both forms of its question. In
 the built-in world, pictures and voices are held out, and half of the sentences. An answer is right
 if it has exactly one word of its question's class, the right one, once an exact echo of the
-question is taken away. A description counts by F1 over (colour, shape) pairs.
+question is taken away. A description counts by F1 over (colour, shape) pairs. Of any other folder,
+speech without questions is transcribed, and answers to questions are compared word for word, spoken
+with written and both with the label: benchmarks/words.py.
 """
 
 import plumbing  # noqa: F401  # isort: skip (before torch: sets how its threads wait)
@@ -22,10 +25,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 import data
-from benchmarks import ask
+from benchmarks import ask, words
 from benchmarks.scorers import score  # noqa: F401 (eval.score: for answers at hand)
 from model import OLLM
-from plumbing import runs
+from plumbing import prepared, runs
 from plumbing.files import BadInput, at, readable_errors, write_json_lines
 from plumbing.media import MAX_SECONDS, speak
 from plumbing.prepared import how_asked
@@ -37,6 +40,7 @@ from world.answers import score_answer
 AVERAGE = "mean of six kinds"
 KEYS = {"text": "question", "audio": "audio"}  # what a form of asking needs in samples.jsonl
 HOW = {"text": "in writing", "audio": "aloud"}
+LONG = 256  # tokens of an answer, at most, where it is not of the built-in world's kinds
 
 
 # ---- asking --------------------------------------------------------------------------------------
@@ -53,26 +57,29 @@ def batch_size(ollm, args):
     return args.batch or (8 if ollm.settings["image_size"] > shapes.SIZE else 100)
 
 
-def evaluate(run, folder, kinds, args):
-    """Asks a run the first args.n questions of these kinds.
+def evaluate(run, folder, kinds, args, forms=("text", "audio")):
+    """Asks a run the first args.n questions of these kinds; of None, all, with room to answer.
 
     Returns samples with "text", "audio" and "transcript"; the latter two are None for a base, and
-    only a run of the stage audio-text transcribes.
+    only a run of the stage audio-text transcribes. A row without a question is answered by what
+    was heard: its "audio" is a transcript.
     """
     ollm = OLLM.load(run, args.device).eval()
     if args.max_tiles:
         ollm.settings["max_tiles"] = args.max_tiles
-    forms = ("text",) if ollm.audio_encoder is None else ("text", "audio")
+    forms = ("text",) if ollm.audio_encoder is None else forms
     samples = data.Samples(folder, ollm.settings, [KEYS[form] for form in forms])
-    indices = [i for i, row in enumerate(samples.rows) if row.get("kind") in kinds][: args.n]
+    indices = [i for i, row in enumerate(samples.rows) if not kinds or row.get("kind") in kinds]
+    indices = indices[: args.n]
     if not indices:
-        raise BadInput(f"{folder}: has no question of the kinds {', '.join(kinds)}")
+        raise BadInput(f"{folder}: has no question of the kinds {', '.join(kinds or ['any'])}")
 
     # Answers to another voice than the one that trained would be worse, unnoticed.
     spoken, trained = how_asked([folder])["tts"], ollm.settings.get("tts")
-    if trained not in (None, spoken):
+    if trained not in (None, spoken) and "text" in forms:
         print(f"note: {folder} is spoken by {spoken}; in training of {run} it was {trained}")
-    transcribes = runs.about(run)["training"]["stage"] == "audio-text"
+    transcribes = kinds and runs.about(run)["training"]["stage"] == "audio-text"
+    options = {} if kinds else {"max_new_tokens": LONG}
 
     # Like lengths are asked together; the rows come back in the folder's order.
     rows, indices = {}, sorted(indices, key=samples.length)
@@ -81,11 +88,11 @@ def evaluate(run, folder, kinds, args):
     for start in tqdm(starts, desc=str(run), unit="batch", leave=False):
         chunk = indices[start: start + size]
         batch = [samples[i] for i in chunk]
-        answers = ollm.answer(batch, forms)
+        answers = ollm.answer(batch, forms, **options)
         if transcribes:
             answers["transcript"] = transcribe(ollm, batch)
         for n, i in enumerate(chunk):
-            rows[i] = dict(samples.rows[i])
+            rows[i] = samples.rows[i]
             for key in ("text", "audio", "transcript"):
                 rows[i][key] = answers[key][n] if key in answers else None
     return [rows[i] for i in sorted(rows)]
@@ -120,7 +127,7 @@ def answer_question(args):
             sample["wave"] = wave
         if not forms and args.runs:
             raise BadInput(f"{run}: cannot listen; give --question, too")
-        for form, answers in ollm.answer([sample], forms, max_new_tokens=256).items():
+        for form, answers in ollm.answer([sample], forms, max_new_tokens=LONG).items():
             print(f"{runs.name(run):8}  {HOW[form]:10}  {answers[0]}")
         if runs.about(run)["training"]["stage"] == "audio-text":
             print(f"{'':8}  {'heard':10}  {transcribe(ollm, [sample])[0]}")
@@ -163,47 +170,11 @@ def summarize(rows, kinds, average, score_row=score_answer, more=None):
             values["the same, never heard"] = statistics.fmean(scores.values())
         if more:
             values |= more(rows, form)
-        summary[form] = values | manners(rows, form) | paper_remarks(rows, form, score_row)
+        summary[form] = values | judge.manners(rows, form)
+        summary[form] |= judge.paper_remarks(rows, form, score_row)
     if rows[0]["transcript"] is not None:
-        summary["audio"] |= transcripts(rows)
+        summary["audio"] |= judge.transcripts(rows)
     return summary
-
-
-def manners(rows, form):
-    """Returns how many answers are of the asked kind, and how many in the base's words."""
-    rows = [row for row in rows if row["kind"] in shapes.KINDS]
-    if not rows:
-        return {}
-    of_kind = [judge.is_of_the_kind(row, row[form]) for row in rows]
-    in_words = [judge.is_in_the_bases_words(row, row[form]) for row in rows]
-    return {"of the asked kind": 100 * statistics.fmean(of_kind),
-            "in the base's words": 100 * statistics.fmean(in_words)}
-
-
-def transcripts(rows):
-    """Returns how many questions are transcribed word for word, heard in training and never."""
-    values = {}
-    for name, wanted in (("heard", True), ("never heard", False)):
-        exact = [row["transcript"] == row["question"] for row in rows
-                 if row.get("heard", True) == wanted]
-        if exact:
-            values[f"transcripts exact, {name}"] = 100 * statistics.fmean(exact)
-    return values
-
-
-def paper_remarks(rows, form, score_row):
-    """Returns two remarks of the paper: how often it says "yes", and what errors still name."""
-    values = {}
-    existence = [row for row in rows if row["kind"] == "existence"]
-    if existence:
-        yes = [row[form].split()[:1] == ["yes"] for row in existence]
-        values["yes ratio"] = 100 * statistics.fmean(yes)
-    drawn = [row for row in rows if row["kind"] in shapes.KINDS and "scene" in row]
-    wrong = [row for row in drawn if not score_row(row, row[form])]
-    if wrong:
-        named = [judge.names_what_is_there(row, row[form]) for row in wrong]
-        values["wrong, names what is there"] = 100 * statistics.fmean(named)
-    return values
 
 
 def print_differences(answers, score_row):
@@ -251,32 +222,60 @@ def print_example(answers, score_row):
             print(f"    {name:8}  {HOW['audio']:10}  {rows[wins[0]]['audio']}{note}")
 
 
+def ask_runs(args, kinds, average, summary_of, title, forms=("text", "audio")):
+    """Asks the runs of the command line, keeps their answers, and prints their table.
+
+    summary_of: function (rows) -> {form: {measure: value}}; title: of the table
+    Returns {(run name, seed): rows}.
+    """
+    summaries, answers = {}, {}
+    groups = runs.group_runs(runs.asked_for(args) if "text" in forms else runs.listening_runs(args))
+    for name, by_seed in groups.items():
+        for seed, run in by_seed.items():
+            rows = evaluate(run, runs.questions_of(args, seed), kinds, args, forms)
+            summaries.setdefault(name, []).append(summary_of(rows))
+            answers[name, seed] = rows
+            write_json_lines(runs.answers_file(run, average), rows)
+            for row in random.Random(0).sample(rows, min(args.show, len(rows))):
+                asked, label = row.get("question", row["id"]), row.get("label", row["answer"])
+                print(f"  {asked}  ({label})  text: {row['text']}  audio: {row['audio']}")
+
+    several = any(len(by_seed) > 1 for by_seed in groups.values())
+    print(f"{len(rows)} {title}" + (", mean ± standard deviation over seeds" if several else ""))
+    print_summaries(summaries)
+    return answers
+
+
 def report(args, kinds, average, score_row=score_answer, more=None):
     """Evaluates the runs of the command line and prints their table; mmalign.py uses it, too.
 
     score_row  function (row, answer) -> 0 to 1
     more       further rows of the table: function (rows, form) -> {measure: value}
     """
-    summaries, answers = {}, {}
-    groups = runs.group_runs(runs.asked_for(args))
-    for name, by_seed in groups.items():
-        for seed, run in by_seed.items():
-            rows = evaluate(run, runs.questions_of(args, seed), kinds, args)
-            summary = summarize(rows, kinds, average, score_row, more)
-            summaries.setdefault(name, []).append(summary)
-            answers[name, seed] = rows
-            write_json_lines(runs.answers_file(run, average), rows)
-            for row in random.Random(0).sample(rows, min(args.show, len(rows))):
-                print(f"  {row['question']}?  ({row['label']})  text: {row['text']}  "
-                      f"audio: {row['audio']}")
+    def summary_of(rows):
+        return summarize(rows, kinds, average, score_row, more)
 
-    several = any(len(by_seed) > 1 for by_seed in groups.values())
-    print(f"{len(rows)} held-out questions a run; percent right"
-          + (", mean ± standard deviation over seeds" if several else ""))
-    print_summaries(summaries)
+    answers = ask_runs(args, kinds, average, summary_of, "held-out questions a run; percent right")
     print_differences(answers, score_row)
     if len({seed for _, seed in answers}) == 1:
         print_example({name: rows for (name, _), rows in answers.items()}, score_row)
+
+
+def report_folder(args, rows):
+    """Prints the runs' word error rates on a folder of speech, or how often its answers agree.
+
+    rows: the folder's lines; none has a question, or each
+    """
+    asked = ["question" in row for row in rows]
+    if not any(asked):
+        ask_runs(args, None, "WER", words.error_rates, "recordings a run; percent", ("audio",))
+    elif all(asked):
+        title = "questions a run; percent of answers with the same words"
+        answers = ask_runs(args, None, "agreement", words.agreement, title)
+        print_differences(answers, words.says_the_label)
+    else:
+        where = rows[asked.index(False)]["where"]
+        raise BadInput(f"{where}: has no question, but others have: ask a folder for each")
 
 
 def arguments(description):
@@ -303,7 +302,11 @@ def main():
     elif args.bench:
         ask.report_benchmarks(args)
     else:
-        report(args, shapes.KINDS, AVERAGE)
+        rows = prepared.Rows([args.data]) if args.data else []
+        if not args.data or any(row.get("kind") in shapes.KINDS for row in rows):
+            report(args, shapes.KINDS, AVERAGE)
+        else:
+            report_folder(args, rows)
 
 
 if __name__ == "__main__":

@@ -303,7 +303,10 @@ def main():
         print0("\nNext, the same start with another loss:\n    torchrun train.py --alpha "
                f"{0 if args.alpha else 0.75:g} --seed {args.seed}")
     else:
-        print0(f"\nThe result is in {out}. To look at it:\n    python eval.py {out}")
+        asked = ""
+        if args.preset != "shapes":
+            asked = f" --data {config['data'][0]} --n 200    # or a folder that it has not seen"
+        print0(f"\nThe result is in {out}. To look at it:\n    python eval.py {out}{asked}")
 
 
 if __name__ == "__main__":

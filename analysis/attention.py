@@ -156,16 +156,6 @@ def attention_shares(ollm, batch, form):
 # ---- several runs --------------------------------------------------------------------------------
 
 
-def listening_runs(args):
-    """Returns {name: {seed: run}} of the command line's runs that can listen."""
-    paths = args.runs or runs.default_runs(args.preset, args.seed)
-    listening = [run for run in paths if runs.about(run)["base"] is not None]
-    if not listening:
-        raise BadInput(f"{', '.join(map(str, paths))}: cannot listen; "
-                       "name a run of the stage audio-text or vision-audio")
-    return runs.group_runs(listening)
-
-
 def pick_questions(folder, settings, n, forms=("question", "audio")):
     """Returns (samples, indices) of the first n questions, those of like length side by side."""
     samples = data.Samples(folder, settings, forms)
@@ -206,7 +196,7 @@ def measure(ollm, folder, form, args, desc):
 def measure_runs(args):
     """Returns {name: {seed: what `measure` returns}}: "text" for the base, and every run."""
     results, bases = {"text": {}}, {}
-    for name, by_seed in listening_runs(args).items():
+    for name, by_seed in runs.group_runs(runs.listening_runs(args)).items():
         results[name] = {}
         for seed, run in by_seed.items():
             base = runs.about(run)["base_fingerprint"]

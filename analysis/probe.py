@@ -332,7 +332,7 @@ def main():
     parser.add_argument("--top", type=int, default=5, help="likeliest words of an audio token")
     args = parser.parse_args()
     results, out = {}, Path(args.out)
-    for name, by_seed in attention.listening_runs(args).items():
+    for name, by_seed in runs.group_runs(runs.listening_runs(args)).items():
         results[name] = {seed: probe(run, seed, args) for seed, run in by_seed.items()}
     for kind in ("lens", "knockout"):
         write_curves(results, kind, out / f"{kind}.csv")

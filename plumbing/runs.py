@@ -178,6 +178,16 @@ def asked_for(args):
     return args.runs or default_runs(args.preset, args.seed)
 
 
+def listening_runs(args):
+    """Returns those of the command's runs that can listen. Raises BadInput if none can."""
+    paths = asked_for(args)
+    listening = [run for run in paths if about(run)["base"] is not None]
+    if not listening:
+        raise BadInput(f"{', '.join(map(str, paths))}: cannot listen; "
+                       "name a run of the stage audio-text or vision-audio")
+    return listening
+
+
 def group_runs(paths):
     """Returns {name: {seed: run}}. Raises BadInput if two runs have the same name and seed."""
     groups = {}

@@ -101,7 +101,7 @@ def gap(summary):
 
 def print_summaries(groups):
     """Prints {run name: [summary of each seed]} as a table, a row for each kind and measure."""
-    columns = table_columns(groups)
+    columns = {name: seeds for name, seeds in table_columns(groups).items() if any(seeds)}
     names = dict.fromkeys(name for seeds in columns.values() for name in seeds[0])
     rows = []
     for name in names:

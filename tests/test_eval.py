@@ -1,12 +1,17 @@
 """What counts as right: the tricks that fool a scorer score nothing."""
 
+import json
 import random
+import shutil
 import statistics
 
 import pytest
+from conftest import read_lines, run_here
 
 import eval
 import mmalign
+from benchmarks import words
+from plumbing.files import BadInput
 from plumbing.tables import seed_interval
 from world import shapes
 from world.answers import is_in_the_bases_words, is_of_the_kind, names_what_is_there
@@ -139,3 +144,113 @@ def test_a_wrong_answer_that_names_something_of_the_picture():
     assert not names_what_is_there(sample, "the circle is green"), (
         "the circle stands in the question already")
     assert not names_what_is_there(sample, "yes there is") and not names_what_is_there(sample, "")
+
+
+# ---- any folder ----
+
+
+# What was said and what was heard, and errors and words by jiwer 4.0.0 (process_words, its own
+# transforms for case and punctuation).
+TRANSCRIPTS = [
+    ("mister quilter is the apostle of the middle classes",
+     "Mister Quilter is the apostle of the middle classes.", 0, 9),
+    ("nor is mister quilter's manner less interesting than his matter",
+     "nor is mister quilters manor less interesting than matter", 3, 10),
+    ("he tells us that at this festive season of the year",
+     "he tells us that at this this festive season of year year", 2, 11),
+    ("it's seven o'clock", "It’s seven o'clock!", 0, 3), ("twenty one", "Twenty-one", 0, 2),
+    ("two circles", "", 2, 2), ("a red circle", "a red circle a red circle a red circle", 6, 3),
+    ("the star is above the square", "above the star is the square", 2, 6)]
+JIWER_WER = 0.32608695652173914  # of all eight together
+
+
+def test_the_word_error_rate_is_jiwers():
+    rows = [{"answer": said, "audio": heard} for said, heard, _, _ in TRANSCRIPTS]
+    summary = words.error_rates(rows)
+    assert summary["audio"]["word error rate"] == pytest.approx(100 * JIWER_WER, rel=1e-12)
+    assert summary["audio"]["transcripts exact"] == 100 * 3 / 8
+    for row, (said, _, errors, n_words) in zip(rows, TRANSCRIPTS):
+        rate = words.error_rates([row])["audio"]["word error rate"]
+        assert rate == pytest.approx(100 * errors / n_words), said
+
+
+def test_transcripts_without_words_have_no_error_rate():
+    with pytest.raises(BadInput, match="no words"):
+        words.error_rates([{"answer": "...", "audio": "a", "folder": "f"}])
+
+
+def test_answers_agree_word_for_word_and_silence_with_nothing():
+    same = [("It's red.", "it’s RED"), ("two-thirds", "Two thirds!"), ("3.5", "3 5")]
+    other = [("red", "it is red"), ("a b", "b a"), ("2", "two"), ("its", "it's"), ("", ""),
+             ("...", "?!")]
+    assert all(words.agree(a, b) for a, b in same)
+    assert not any(words.agree(a, b) for a, b in other)
+    rows = [{"answer": "it is red", "label": "red", "text": "Red.", "audio": "red"},
+            {"answer": "blue", "text": "green", "audio": "Green"},
+            {"answer": "one", "text": "one", "audio": "two"}]
+    summary = words.agreement(rows)
+    assert summary["text"] == {"as the label says": pytest.approx(200 / 3)}
+    assert summary["audio"] == {"as the label says": pytest.approx(100 / 3),
+                                "as in writing": pytest.approx(200 / 3)}
+
+
+def cells(line):
+    """The cells of a table's line."""
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_a_folder_of_speech_gives_the_word_error_rate(world, start, tmp_path):
+    """It was asked what colour the circle is."""
+    shutil.copytree(start, tmp_path / "start")
+    done = run_here("eval.py", "start/base", "start/audio", "--data", world / "audio-text",
+                    "--n", 6, "--show", 1, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = read_lines(tmp_path / "start/audio/answers-WER.jsonl")
+    rate = words.error_rates(rows)["audio"]["word error rate"]
+    title, header, _, first, _ = done.stdout.splitlines()[1:]
+    assert title == "6 recordings a run; percent"
+    assert cells(header) == ["", "aligned, audio"], "a base cannot listen, nothing is in writing"
+    assert cells(first) == ["word error rate", f"{rate:.1f}"] and rate > 50
+    assert [row["id"] for row in rows] == [f"{i:06}" for i in range(6)]
+    assert not (tmp_path / "start/audio/answers-mean.jsonl").exists()
+
+    deaf = run_here("eval.py", "start/base", "--data", world / "audio-text", cwd=tmp_path)
+    assert deaf.returncode == 1 and "cannot listen" in deaf.stderr
+
+
+def test_a_folder_of_other_questions_gives_agreement(world, start, tmp_path):
+    """It was refused: "has no question of the kinds color, shape, ..."."""
+    shutil.copytree(start, tmp_path / "start")
+    folder = shutil.copytree(world / "test", tmp_path / "questions")
+    rows = [{key: row[key] for key in ("image", "audio", "question", "answer")}
+            for row in read_lines(folder / "samples.jsonl")]
+
+    # The label of every other row is what the base writes, so that half of the answers are right.
+    lines = "".join(json.dumps(row) + "\n" for row in rows[:6])
+    (folder / "samples.jsonl").write_text(lines)
+    command = ("eval.py", "start/base", "start/audio", "--data", folder)
+    assert run_here(*command, cwd=tmp_path).returncode == 0
+    kept = tmp_path / "start/audio/answers-agreement.jsonl"
+    for row, answered in list(zip(rows, read_lines(kept)))[::2]:
+        row["label"] = answered["text"].upper() + "!"
+    lines = "".join(json.dumps(row) + "\n" for row in rows[:6])
+    (folder / "samples.jsonl").write_text(lines)
+
+    done = run_here(*command, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    title, header, _, label, same = done.stdout.splitlines()
+    assert title == "6 questions a run; percent of answers with the same words"
+    assert cells(header) == ["", "text", "aligned, audio", "aligned, gap"]
+    assert cells(label)[:2] == ["as the label says", "50.0"] and cells(same)[0] == "as in writing"
+    agree = [words.agree(row["audio"], row["text"]) for row in read_lines(kept)]
+    assert cells(same)[1:] == ["", f"{100 * statistics.fmean(agree):.1f}", ""]
+
+
+def test_a_folder_of_both_is_refused_in_one_line(world, start, tmp_path):
+    folder = shutil.copytree(world / "test", tmp_path / "both")
+    rows = [{**row, "kind": "other"} for row in read_lines(folder / "samples.jsonl")]
+    del rows[2]["question"]
+    (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = run_here("eval.py", start / "audio", "--data", folder, cwd=tmp_path)
+    assert done.returncode == 1 and "samples.jsonl:3: has no question" in done.stderr
+    assert done.stderr.count("\n") == 1

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
@@ -242,9 +243,12 @@ def train(*options, cwd):
 
 def test_the_preset_aligns_trains_and_answers_from_original_checkpoints(world, tmp_path):
     lvlm, whisper = build_internvl2(tmp_path), build_whisper(tmp_path / "whisper")
-    train("--stage", "audio-text", "--init", lvlm, "--whisper", whisper,
-          "--data", world / "audio-text", cwd=tmp_path)
+    done = train("--stage", "audio-text", "--init", lvlm, "--whisper", whisper,
+                 "--data", world / "audio-text", cwd=tmp_path)
     aligned = tmp_path / "runs/internvl2-1b/audio-text-s0"
+    _, *command = shlex.split(done.stdout.splitlines()[-1], comments=True)
+    asked = run_here(*command, "--n", 3, cwd=tmp_path)
+    assert asked.returncode == 0 and "| word error rate " in asked.stdout, asked.stderr
     done = train("--alpha", 0.75, "--data", world / "vision-audio", "--max-tiles", 3,
                  "--audio-seconds", 4, cwd=tmp_path)
     assert "built-in world" not in done.stdout

@@ -5,11 +5,15 @@ might fool it.
 """
 
 import re
+import statistics
 
 from plumbing.files import at
 from world import shapes
 
 OBJECT = re.compile(rf"\b({'|'.join(shapes.COLORS)}) ({'|'.join(shapes.SHAPES)})\b")
+
+
+# ---- one answer ----------------------------------------------------------------------------------
 
 
 def score_answer(sample, answer):
@@ -57,3 +61,43 @@ def names_what_is_there(sample, answer):
     with at(sample["where"]):
         features = {*shapes.COLORS, *shapes.SHAPES} & set(sample["scene"].split())
     return bool(features & set(answer.lower().split()) - set(sample["question"].split()))
+
+
+# ---- all answers of a run ------------------------------------------------------------------------
+
+
+def manners(rows, form):
+    """Returns how many answers are of the asked kind, and how many in the base's words."""
+    rows = [row for row in rows if row["kind"] in shapes.KINDS]
+    if not rows:
+        return {}
+    of_kind = [is_of_the_kind(row, row[form]) for row in rows]
+    in_words = [is_in_the_bases_words(row, row[form]) for row in rows]
+    return {"of the asked kind": 100 * statistics.fmean(of_kind),
+            "in the base's words": 100 * statistics.fmean(in_words)}
+
+
+def transcripts(rows):
+    """Returns how many questions are transcribed word for word, heard in training and never."""
+    values = {}
+    for name, wanted in (("heard", True), ("never heard", False)):
+        exact = [row["transcript"] == row["question"] for row in rows
+                 if row.get("heard", True) == wanted]
+        if exact:
+            values[f"transcripts exact, {name}"] = 100 * statistics.fmean(exact)
+    return values
+
+
+def paper_remarks(rows, form, score_row):
+    """Returns two remarks of the paper: how often it says "yes", and what errors still name."""
+    values = {}
+    existence = [row for row in rows if row["kind"] == "existence"]
+    if existence:
+        yes = [row[form].split()[:1] == ["yes"] for row in existence]
+        values["yes ratio"] = 100 * statistics.fmean(yes)
+    drawn = [row for row in rows if row["kind"] in shapes.KINDS and "scene" in row]
+    wrong = [row for row in drawn if not score_row(row, row[form])]
+    if wrong:
+        named = [names_what_is_there(row, row[form]) for row in wrong]
+        values["wrong, names what is there"] = 100 * statistics.fmean(named)
+    return values
