@@ -118,7 +118,7 @@ def answer_question(args):
         sample = {"pixels": picture, "question": args.question or "", "answer": ""}
 
         # The LLM is frozen: all runs on a base read alike, so only the first of them is asked.
-        base, forms = str(runs.base_of(run)), []
+        base, forms = str(runs.source_of(run, "base")), []
         if args.question is not None and base not in bases:
             forms.append("text")
             bases.add(base)

@@ -26,6 +26,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from data import AUDIO_SLOT, IGNORE, collate
 from loss import self_kd_loss
@@ -60,6 +61,7 @@ class OLLM(nn.Module):
     tokenizer      its tokenizer
     base           folder or hub id that the lvlm comes from; None if the lvlm itself is trained
     audio_encoder  transformers' WhisperEncoder; mel_extractor: its WhisperFeatureExtractor
+    whisper        folder or hub id that holds the audio encoder; None if it is trained itself
     settings       how questions are put, a dict that a run keeps in its ollm.json:
         llm, system          name of the chat (see real/families.py), and its system message
         instruction          what follows speech that is to be transcribed
@@ -71,35 +73,42 @@ class OLLM(nn.Module):
     """
 
     def __init__(self, lvlm, tokenizer, settings, base=None, audio_encoder=None,
-                 mel_extractor=None):
+                 mel_extractor=None, whisper=None):
         super().__init__()
         self.lvlm, self.tokenizer, self.settings, self.base = lvlm, tokenizer, settings, base
         self.audio_encoder, self.mel_extractor = audio_encoder, mel_extractor
+        self.whisper = whisper
+        self.recompute = False  # hear's layers in the backward pass, to save memory: on a GPU
         if audio_encoder is not None:
             width = lvlm.config.text_config.hidden_size
             # The "one-layer MLP" of section 5.1, here without a hidden layer: E to D
             self.projector = nn.Linear(audio_encoder.config.d_model, width)
 
-    def train_only(self, stage):
-        """Freezes all but the LVLM, or all but audio encoder and projector (Appendix A)."""
+    def train_only(self, stage, part="audio"):
+        """Freezes all but the LVLM, or all but audio encoder and projector (Appendix A).
+
+        part: "audio", or "projector" to freeze the audio encoder, too
+        """
         self.requires_grad_(False)
         if stage == "vision-text":
             self.lvlm.requires_grad_(True)
         else:
-            self.audio_encoder.requires_grad_(True)
+            self.audio_encoder.requires_grad_(part == "audio")
             self.audio_encoder.embed_positions.requires_grad_(False)  # sinusoids, which stay fixed
             self.projector.requires_grad_(True)
 
     def move_to(self, device):
-        """Moves the model to a device. On a GPU, a frozen LVLM is kept in half precision.
+        """Moves the model to a device. On a GPU, what is frozen is kept in half precision.
 
-        Only its parameters: with rounded buffers, rotary angles of far positions would be wrong.
+        Only parameters: with rounded buffers, rotary angles of far positions would be wrong.
         """
         self.to(device)
-        is_frozen = not any(parameter.requires_grad for parameter in self.lvlm.parameters())
-        if self.lvlm.device.type == "cuda" and is_frozen:
-            for parameter in self.lvlm.parameters():
-                parameter.data = parameter.data.bfloat16()
+        self.recompute = self.lvlm.device.type == "cuda"
+        for part in self.children():
+            is_frozen = not any(parameter.requires_grad for parameter in part.parameters())
+            if self.lvlm.device.type == "cuda" and is_frozen:
+                for parameter in part.parameters():
+                    parameter.data = parameter.data.bfloat16()
         return self
 
     # ---- from pictures and sound to tokens -------------------------------------------------------
@@ -131,14 +140,17 @@ class OLLM(nn.Module):
         x = F.gelu(encoder.conv2(x)).transpose(1, 2)  # (B, L / 2, E)
         x = x + encoder.embed_positions.weight[: x.size(1)]
 
-        # Its transformer layers. Without a mask, attention is faster.
+        # Its transformer layers. Without a mask, attention is faster. On a GPU, what they compute
+        # would fill the memory: it is not kept for the backward pass, but computed again.
         padding = torch.arange(x.size(1), device=x.device) >= n_frames[:, None] // 2  # (B, L / 2)
         mask = None
         if padding.any():
             mask = torch.zeros_like(padding, dtype=x.dtype)
             mask = mask.masked_fill(padding, torch.finfo(x.dtype).min)[:, None, None, :]
+        recompute = self.recompute and x.requires_grad
         for layer in encoder.layers:
-            x = layer(x, mask)  # (B, L / 2, E)
+            # (B, L / 2, E) throughout
+            x = checkpoint(layer, x, mask, use_reentrant=False) if recompute else layer(x, mask)
         x = encoder.layer_norm(x)
 
         # Pairs of frames are averaged to 25 tokens a second, as in Qwen2-Audio, and projected.
@@ -289,10 +301,9 @@ class OLLM(nn.Module):
     @classmethod
     def load(cls, run, device="cpu"):
         """Reads a run folder, all frozen. An LVLM's folder or hub id gives one without audio."""
-        info, base = runs.about(run), runs.base_of(run)
+        base, whisper = runs.source_of(run, "base"), runs.source_of(run, "whisper")
         with at(run):
-            if base != run and runs.fingerprint(base) != info["base_fingerprint"]:
-                raise BadInput(f"was trained on another base than lies in {base} now")
+            info = runs.check_sources(run)
 
             # The LVLM, from the base.
             lvlm = load_lvlm(base, device=device)
@@ -301,12 +312,15 @@ class OLLM(nn.Module):
             if base == run:
                 return cls(lvlm, tokenizer, settings, base).requires_grad_(False).move_to(device)
 
-            # The audio encoder and the projector, from the run: no name missing, none unknown.
-            ollm = cls(lvlm, tokenizer, settings, base, *empty_audio_encoder(run))
+            # What was trained, from the run: no name missing, none unknown.
+            parts = empty_audio_encoder(run) if whisper == run else load_audio_encoder(whisper)
+            ollm = cls(lvlm, tokenizer, settings, base, *parts, whisper)
+            elsewhere = ("lvlm.",) if whisper == run else ("lvlm.", "audio_encoder.")
             weights = load_file(Path(run) / "model.safetensors")
-            weights |= {f"lvlm.{name}": tensor for name, tensor in lvlm.state_dict().items()}
+            weights |= {name: tensor for name, tensor in ollm.state_dict().items()
+                        if name.startswith(elsewhere)}
             ollm.load_state_dict(weights)
-            return ollm.requires_grad_(False).move_to(device)
+            return ollm.requires_grad_(False).to(device)
 
 
 def start_model(config, device="cpu"):
@@ -319,7 +333,7 @@ def start_model(config, device="cpu"):
     if stage == "audio-text" and ollm.audio_encoder is None:
         whisper = config["whisper"]
         parts = load_audio_encoder(whisper) if whisper else build_audio_encoder()
-        ollm = OLLM(ollm.lvlm, ollm.tokenizer, ollm.settings, ollm.base, *parts)
+        ollm = OLLM(ollm.lvlm, ollm.tokenizer, ollm.settings, ollm.base, *parts, whisper)
     if stage == "vision-audio" and ollm.audio_encoder is None:
         raise BadInput(f"{config['init']}: has no audio encoder; vision-audio starts from an "
                        "audio-text run")
@@ -330,5 +344,7 @@ def start_model(config, device="cpu"):
             ollm.settings[key] = config[key]
     if stage == "vision-audio":
         ollm.settings |= how_asked(config["data"])
-    ollm.train_only(stage)
+    ollm.train_only(stage, config["train"])
+    if config["train"] == "audio":
+        ollm.whisper = None
     return ollm.eval()  # no dropout: teacher and student differ in the question alone

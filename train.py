@@ -25,13 +25,12 @@ import time
 from pathlib import Path
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 import data
 from model import start_model
 from plumbing import processes, runs
 from plumbing.checkpoint import Resumable
-from plumbing.files import BadInput, only_writer, readable_errors
+from plumbing.files import BadInput, enough_memory, only_writer, readable_errors
 from real.families import BASES
 from world.lessons import lessons
 from world.make import make_if_missing
@@ -77,6 +76,8 @@ def parse_arguments():
     add("--stage", choices=STAGES, default="vision-audio", help="what to train")
     add("--alpha", type=float, default=0.75, help="weight of the KL: 0 is SFT, 1 KD alone")
     add("--temperature", type=float, default=1.0, help="of both distributions in the KL")
+    add("--train", choices=["audio", "projector"], default="audio", help="what learns: audio "
+        "encoder and projector, as in the paper, or the projector alone")
     add("--on-policy", type=float, default=0.0, metavar="P", help="share of the steps that "
         "take the student's own greedy answers instead of the data's, with alpha 1")
     add("--seed", type=int, default=0, help="of the start, the order and the built-in data")
@@ -128,6 +129,7 @@ def configure(args, stage):
         "stage": stage, "seed": args.seed, "alpha": 0.0, "temperature": 1.0, "on_policy": 0.0,
         "data": [f"runs/{args.preset}/data-s{args.seed}/{stage}"],
         "init": preset["lvlm"], "whisper": preset["whisper"],
+        "train": args.train if stage != "vision-text" else "lvlm",
         "max_steps": None, "muon": False, **preset[stage],
         "max_tiles": args.max_tiles, "audio_seconds": args.audio_seconds,
     }
@@ -234,9 +236,8 @@ def train_stage(args, config, out, rank, world_size, device):
                 "init": config["init"] and runs.fingerprint(config["init"])}
     progress = Resumable(out, identity, trained, optimizer, args.save_every, device)
 
-    # In vision-text, micro-batches without a picture leave the vision encoder unused
-    unused = config["stage"] == "vision-text"
-    model = DistributedDataParallel(ollm, find_unused_parameters=unused) if world_size > 1 else ollm
+    # DDP. In vision-text, micro-batches without a picture leave the vision encoder unused.
+    model = processes.data_parallel(ollm, find_unused_parameters=config["stage"] == "vision-text")
     if rank == 0:
         print(f"{len(epoch.samples)} samples in {len(epoch.order)} groups, {n_steps} steps on "
               f"{world_size} x {device}, {sum(map(torch.numel, trained.values())):,} parameters "
@@ -292,7 +293,8 @@ def main():
                 make_if_missing(config["data"][0], args.seed)
             processes.wait_for_all()
             print0(f"\n{stage}: {STAGES[stage][1]}.")
-            train_stage(args, config, out, rank, world_size, device)
+            with enough_memory(f"{stage}: a smaller --micro-batch gives the same numbers"):
+                train_stage(args, config, out, rank, world_size, device)
     processes.close_processes()
 
     # A default run ends with the table, and with what to try next.

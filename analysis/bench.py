@@ -47,6 +47,7 @@ import data
 from analysis.plan import (
     SYSTEM_TOKENS,
     WHISPER_LARGE_V3,
+    WHISPERS,
     key_width,
     layer_flops,
     llm_weights,
@@ -429,9 +430,14 @@ def parse_arguments():
         default="cuda" if torch.cuda.is_available() else "cpu")
     add("--json", action="store_true", help="print one line of JSON last")
     add("--plan", action="store_true", help="measure nothing: compute what the paper's trainings "
-        "take on eight A100s, for each of its bases")
-    add("--peak-share", type=float, default=0.4, help="with --plan: of its peak, that a card does")
+        "take for each of its bases, by default on eight A100s")
+    add("--cards", type=int, default=8, help="with --plan: how many")
     add("--gb", type=float, default=80.0, help="with --plan: memory of a card")
+    add("--peak-tflops", type=float, default=312.0, help="with --plan: a card's peak in bfloat16, "
+        "by its data sheet")
+    add("--peak-share", type=float, default=0.4, help="with --plan: of its peak, that a card does")
+    add("--whisper", choices=WHISPERS, default="large-v3", help="with --plan: which one listens")
+    add("--train", choices=["audio", "projector"], default="audio", help="with --plan: train.py's")
     add("--peak", choices=STEPS, help="print the memory (bytes) of one such step and nothing else")
     return parser.parse_args()
 
@@ -439,7 +445,7 @@ def parse_arguments():
 def main():
     args = parse_arguments()
     if args.plan:
-        return print_plan(args.peak_share, args.gb)
+        return print_plan(args)
     if args.peak:
         return print(peak_memory(args))
     worst = worst_difference(args)

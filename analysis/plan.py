@@ -2,6 +2,7 @@
 
     python -m analysis.bench --plan                            # eight A100s of 80 GB
     python -m analysis.bench --plan --peak-share 0.3 --gb 40   # slower, with half the memory
+    python -m analysis.bench --plan --cards 1 --gb 24 --peak-tflops 71 --whisper small
 
 `python -m pytest tests/test_plan.py` compares the closed forms with torch's counts on tiny models.
 A sample is given by its lengths: "tiles" (448 x 448) of the picture; tokens of "prefix"
@@ -23,8 +24,10 @@ LLMS = {  # the LLM: transformers' type, width, layers, heads, key heads, MLP, v
 }
 WHISPER_LARGE_V3 = {"num_mel_bins": 128, "d_model": 1280, "encoder_layers": 32,
                     "encoder_attention_heads": 20, "encoder_ffn_dim": 5120}
+WHISPER_SMALL = {"num_mel_bins": 80, "d_model": 768, "encoder_layers": 12,
+                 "encoder_attention_heads": 12, "encoder_ffn_dim": 3072}
+WHISPERS = {"large-v3": WHISPER_LARGE_V3, "small": WHISPER_SMALL}
 SYSTEM_TOKENS = 40  # InternVL2's system message has about as many
-CARDS, PEAK = 8, 312e12  # FLOP/s of an A100 in bfloat16, by its data sheet
 
 
 def base_config(base):
@@ -90,11 +93,16 @@ def base_parameters(config):
     return vision + llm.num_hidden_layers * llm_weights(llm) + embeddings
 
 
-def trained_parameters(config, audio):
-    """Returns the number of parameters of Whisper's encoder and the linear projector."""
+def encoder_parameters(audio):
+    """Returns the number of parameters of Whisper's encoder."""
     layers = audio.encoder_layers * encoder_weights(audio.d_model, audio.encoder_ffn_dim)
-    convolutions = 3 * audio.d_model * (audio.num_mel_bins + audio.d_model)
-    return layers + convolutions + audio.d_model * config.text_config.hidden_size
+    return layers + 3 * audio.d_model * (audio.num_mel_bins + audio.d_model)
+
+
+def trained_parameters(config, audio, part="audio"):
+    """Returns the number of parameters of the linear projector and, of "audio", the encoder."""
+    encoder = encoder_parameters(audio) if part == "audio" else 0
+    return encoder + audio.d_model * config.text_config.hidden_size
 
 
 # ---- FLOPs: two a multiplication, as torch counts ------------------------------------------------
@@ -120,8 +128,11 @@ def see_flops(config, tiles):
     return pieces * (2 * patches * numbers * width + encoder + 2 * patches // 4 * projector)
 
 
-def hear_flops(config, audio, frames):
-    """Returns the FLOPs of a clip's audio encoder and projector, forward and both gradients."""
+def hear_flops(config, audio, frames, part="audio", recompute=False):
+    """Returns the FLOPs of a clip's audio encoder and projector, forward and backward.
+
+    part: what is trained, see train.py; recompute: the layers are computed again, as on a GPU
+    """
     width, positions, tokens = audio.d_model, frames // 2, frames // 4
     convolution_1 = 2 * frames * 3 * audio.num_mel_bins * width
     convolution_2 = 2 * positions * 3 * width**2
@@ -129,12 +140,19 @@ def hear_flops(config, audio, frames):
     layers = audio.encoder_layers * layer_flops(positions, positions, width, weights)
     projector = 2 * tokens * width * config.text_config.hidden_size
 
+    # A frozen encoder needs no gradient, nor does its output: the projector's weights alone do.
+    if part == "projector":
+        return convolution_1 + convolution_2 + layers + 2 * projector
+
     # The spectrogram needs no gradient: for the first convolution, two products instead of three.
-    return 2 * convolution_1 + 3 * (convolution_2 + layers + projector)
+    # What is computed again stops at the input of a layer's last linear map.
+    last_maps = audio.encoder_layers * 2 * positions * width * audio.encoder_ffn_dim
+    again = layers - last_maps if recompute else 0
+    return 2 * convolution_1 + 3 * (convolution_2 + layers + projector) + again
 
 
-def step_flops(config, audio, tiles, prefix, teacher, student, answers, frames):
-    """Returns the FLOPs of a sample, forward and backward.
+def step_flops(config, audio, tiles, prefix, teacher, student, answers, frames, **hearing):
+    """Returns the FLOPs of a sample, forward and backward; hearing: options of hear_flops.
 
     Frozen weights take no gradient, so a linear map costs as much backward as forward. Attention
     costs twice as much, for the gradients of scores, values, queries and keys.
@@ -147,13 +165,14 @@ def step_flops(config, audio, tiles, prefix, teacher, student, answers, frames):
     layer += 2 * student * weights + 2 * 2 * 2 * student * keys * width  # backward
     heads = (3 if teacher else 2) * 2 * answers * width * llm.vocab_size  # one backward
     return (see_flops(config, tiles) + llm.num_hidden_layers * layer + heads
-            + hear_flops(config, audio, frames))
+            + hear_flops(config, audio, frames, **hearing))
 
 
 # ---- bytes: 2 a number in bfloat16, 4 in float32 -------------------------------------------------
 
 
-def sample_bytes(config, audio, tiles, prefix, teacher, student, answers, frames):
+def sample_bytes(config, audio, tiles, prefix, teacher, student, answers, frames, part="audio",
+                 recompute=False):
     """Returns the bytes that a sample holds while its loss is computed: the most of a step."""
     # A layer of the LLM keeps what two norms read (float32), queries and attention's output, three
     # tensors of the MLP, keys and values for all heads, the mask as numbers. The prefix stays, too.
@@ -163,11 +182,16 @@ def sample_bytes(config, audio, tiles, prefix, teacher, student, answers, frames
     last_norm = student * 4 * llm.hidden_size
 
     # A layer of Whisper keeps what two norms read (float32), a copy of it for each of four linear
-    # maps, queries, keys, values, output twice, the MLP twice. Around the layers: the spectrogram,
-    # two convolutions, a norm, the projector.
+    # maps, queries, keys, values, output twice, the MLP twice; or, if all that is computed again,
+    # its input. Around the layers: the spectrogram, two convolutions, a norm, the projector.
     positions, width = frames // 2, audio.d_model
-    hear = audio.encoder_layers * ((2 * 4 + 9 * 2) * width + 2 * 2 * audio.encoder_ffn_dim)
+    layer_of_whisper = (2 * 4 + 9 * 2) * width + 2 * 2 * audio.encoder_ffn_dim
+    if recompute:
+        layer_of_whisper = 4 * width
+    hear = audio.encoder_layers * layer_of_whisper
     hear += 2 * 2 * audio.num_mel_bins + (5 * 2 + 4 + 1) * width
+    if part == "projector":  # of a frozen encoder, the projector's input alone
+        hear = width
 
     # A logit is there twice in bfloat16 and six times in float32; without a teacher, three times.
     logit = 2 * 2 + 6 * 4 if teacher else 3 * 4
@@ -175,38 +199,45 @@ def sample_bytes(config, audio, tiles, prefix, teacher, student, answers, frames
             + answers * llm.vocab_size * logit)
 
 
-def fixed_bytes(config, audio):
+def fixed_bytes(config, audio, part="audio"):
     """Returns the bytes of a process without any sample: frozen weights are in bfloat16.
 
-    What is trained is there as weights, gradients, DDP's buckets and AdamW's two moments, and in
-    bfloat16. CUDA and its libraries take 1 GB or so.
+    What is trained is there as weights, gradients (DDP's buckets are the same memory) and AdamW's
+    two moments, and in bfloat16. CUDA and its libraries take 1 GB or so.
     """
-    return 2 * base_parameters(config) + (5 * 4 + 2) * trained_parameters(config, audio) + 1e9
+    frozen = base_parameters(config) + (encoder_parameters(audio) if part == "projector" else 0)
+    return 2 * frozen + (4 * 4 + 2) * trained_parameters(config, audio, part) + 1e9
 
 
 # ---- the table -----------------------------------------------------------------------------------
 
 
-def print_plan(peak_share, gb):
-    """Prints memory, micro-batches and hours for every base, and last the paper's own hours."""
-    audio, rows = WhisperConfig(**WHISPER_LARGE_V3), []
+def print_plan(args):
+    """Prints memory, micro-batches and hours for every base, and last the paper's own hours.
+
+    args: bench.py's; the machine is args.cards cards, the models args.whisper and args.train
+    """
+    audio, rows = WhisperConfig(**WHISPERS[args.whisper]), []
+    how = {"part": args.train, "recompute": True}
+    flops_per_hour = args.cards * args.peak_share * args.peak_tflops * 1e12 * 3600
     trainings = ((988_000, asr_clip(12)), (50_000, kd_sample(1, teacher=0)), (50_000, kd_sample(1)),
                  (50_000, kd_sample(7, teacher=0)), (50_000, kd_sample(7)))
     for base in LLMS:
         config = base_config(base)
-        fixed = fixed_bytes(config, audio)
-        sizes = [sample_bytes(config, audio, **sample)
+        fixed = fixed_bytes(config, audio, args.train)
+        sizes = [sample_bytes(config, audio, **sample, **how)
                  for sample in (kd_sample(7), asr_clip(15), asr_clip(30))]
-        fits = [int((gb * 1e9 - fixed) // size) for size in sizes]
-        flops = [count * step_flops(config, audio, **sample) for count, sample in trainings]
+        fits = [max(0, int((args.gb * 1e9 - fixed) // size)) for size in sizes]
+        flops = [count * step_flops(config, audio, **sample, **how) for count, sample in trainings]
         rows.append([base, *(f"{size / 1e9:.2f}" for size in [fixed, *sizes]),
                      ", ".join(map(str, fits)),
-                     *(f"{work / (CARDS * peak_share * PEAK) / 3600:.2f}" for work in flops)])
+                     *(f"{work / flops_per_hour:.2f}" for work in flops)])
     rows.append(["the paper", *[""] * 5, "4", "0.5", "1", "0.5", "1"])
 
-    print(f"Computed, not measured: {CARDS} cards of {gb:g} GB, {100 * peak_share:g} % of "
-          f"{PEAK / 1e12:g} TFLOP/s each.\nHours: ASR of 988,000 clips of 12 s; SFT and Self-KD of "
-          "50,000 samples of 4 s, with answers of 100 tokens.\n")
+    print(f"Computed, not measured: {args.cards} cards of {args.gb:g} GB, {100 * args.peak_share:g}"
+          f" % of {args.peak_tflops:g} TFLOP/s each; Whisper {args.whisper}; trained: {args.train}."
+          "\nHours: ASR of 988,000 clips of 12 s; SFT and Self-KD of 50,000 samples of 4 s, with "
+          "answers of 100 tokens.\n")
     tables.print_table(
         ["base", "GB fixed", "+ a KD sample, 7 tiles", "+ ASR of 15 s", "+ ASR of 30 s",
          "micro-batches that fit", "h: ASR", "SFT, 1 tile", "Self-KD, 1 tile", "SFT, 7 tiles",

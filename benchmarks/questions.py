@@ -8,12 +8,11 @@ There is nothing to run here: ask.py asks, scorers.py scores.
 """
 
 import base64
-import csv
 import io
 import string
 from pathlib import Path
 
-from plumbing.files import BadInput, at
+from plumbing.files import BadInput, table_rows
 from plumbing.media import load_image
 from real.families import CHATS, QWEN2_VL
 
@@ -37,7 +36,9 @@ def read_tsv(path):
     """
     needed = (*COLUMNS, *MORE_COLUMNS.get(Path(path).stem, ()))
     rows, images, dropped = [], {}, 0
-    for row in table_rows(path, needed):
+    for where, cells in table_rows(path, needed, strict=True):
+        row = {name: cell for name, cell in cells.items() if has_value(name, cell)}
+        row["where"] = where
         # HallusionBench asks 178 questions about no picture; VLMEvalKit drops them.
         if "image" not in row:
             dropped += 1
@@ -60,39 +61,6 @@ def read_tsv(path):
     if not rows:
         raise BadInput(f"{path}: has no row with a picture")
     return rows, dropped
-
-
-def table_rows(path, needed):
-    """Yields each row of a TSV as {column: cell}, without empty cells, and its "where" (file:line).
-
-    needed: the columns that the first line must name
-    """
-    csv.field_size_limit(2**31 - 1)  # a cell holds a whole picture
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        lines = csv.reader(file, delimiter="\t", strict=True)
-        with at(f"{path}:1"):
-            header = next(lines, [])
-            lacking = [name for name in needed if name not in header]
-            if lacking:
-                raise BadInput(f"not a benchmark's table: no column {', '.join(lacking)}")
-
-        for where, cells in placed_cells(path, lines):
-            with at(where):
-                row = {name: cell for name, cell in zip(header, cells, strict=True)
-                       if has_value(name, cell)}
-            yield {**row, "where": where}
-
-
-def placed_cells(path, lines):
-    """Yields ("file:line", cells) of each row that is not blank; its place is its first line."""
-    while True:
-        where = f"{path}:{lines.line_num + 1}"
-        with at(where):
-            cells = next(lines, None)
-        if cells is None:
-            return
-        if cells:
-            yield where, cells
 
 
 def has_value(column, cell):

@@ -1,10 +1,13 @@
 """Files that are whole or absent, folders and files with one writer, and errors in one line."""
 
 import contextlib
+import csv
 import glob
+import gzip
 import json
 import os
 import re
+import secrets
 import shutil
 import signal
 import sys
@@ -15,6 +18,9 @@ from filelock import FileLock, Timeout
 
 # What torch says when another process of the job, or one that reads data ahead, has died.
 OTHER_PROCESS = re.compile("gloo|NCCL|DataLoader worker|process pool")
+
+# What it says when a GPU, or the machine, has not memory enough.
+WANT_OF_MEMORY = re.compile("out of memory|can't allocate memory")
 
 
 class BadInput(Exception):
@@ -34,6 +40,17 @@ def at(where):
             raise  # it says where already
         kind = "" if isinstance(error, (BadInput, OSError)) else f"{type(error).__name__}: "
         raise BadInput(f"{where}: {kind}{one_line(error)}") from error
+
+
+@contextlib.contextmanager
+def enough_memory(advice):
+    """Turns want of memory, a GPU's or the machine's, into a BadInput that gives the advice."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # torch's are RuntimeErrors
+        if not isinstance(error, MemoryError) and not WANT_OF_MEMORY.search(str(error)):
+            raise
+        raise BadInput(f"out of memory; {advice} ({one_line(error, 200)})") from error
 
 
 @contextlib.contextmanager
@@ -76,12 +93,12 @@ def one_line(error, most=1000):
 def read_json(path):
     """Returns a JSON file's value. Raises BadInput with the file's name."""
     with at(path):
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
 
 
 def byte_lines(path):
     """Yields ("file:line", bytes without the line's end) for each line of a text file."""
-    with at(path), open(path, "rb") as file:
+    with at(path), unpacker(path)(path, "rb") as file:
         for number, line in enumerate(file, 1):
             yield f"{path}:{number}", line.rstrip(b"\r\n")
 
@@ -92,6 +109,39 @@ def json_lines(path):
         with at(where):
             value = json.loads(line)
         yield where, value
+
+
+def table_rows(path, needed=(), errors="strict", **options):
+    """Yields ("file:line", {column: cell}) of each row of a TSV that is not blank.
+
+    needed: columns that its first line must name; errors: of its UTF-8; options: csv.reader's
+    Raises BadInput with the place, also for a row that has more or fewer cells than the first.
+    """
+    csv.field_size_limit(2**31 - 1)  # a cell may hold a whole picture
+    text = {"encoding": "utf-8-sig", "errors": errors, "newline": ""}
+    with at(path), unpacker(path)(path, "rt", **text) as file:
+        lines = csv.reader(file, delimiter="\t", **options)
+        with at(f"{path}:1"):
+            header = next(lines, [])
+            lacking = [name for name in needed if name not in header]
+            if lacking or not header or len(set(header)) < len(header):
+                raise BadInput(f"no such table: no column {', '.join(lacking)}, or one twice")
+
+        while True:
+            where = f"{path}:{lines.line_num + 1}"
+            with at(where):
+                cells = next(lines, None)
+                if cells and len(cells) != len(header):
+                    raise BadInput(f"has {len(cells)} cells, the first line has {len(header)}")
+            if cells is None:
+                return
+            if cells:
+                yield where, dict(zip(header, cells))
+
+
+def unpacker(path):
+    """Returns the function that opens a file: of a .gz it is gzip's."""
+    return gzip.open if Path(path).suffix == ".gz" else open
 
 
 # ---- writing -------------------------------------------------------------------------------------
@@ -105,7 +155,8 @@ def written_whole(path, sync=False):
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Containers that share a disk may have the same process ids.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         yield temporary
         if sync:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 PARENT = "SELF_KD_PARENT"  # environment variable: the process that a script is to end with
 
@@ -40,6 +41,17 @@ def set_up_processes(device=None):
     if processes > 1:
         dist.init_process_group("nccl" if device == "cuda" else "gloo")
     return rank, processes, torch.device(device)
+
+
+def data_parallel(model, **options):
+    """Returns a model whose gradients are averaged over all processes; of one process, itself.
+
+    No buffer ever changes, so none is sent around; gradients lie where they are exchanged.
+    """
+    if not dist.is_initialized():
+        return model
+    return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True,
+                                   **options)
 
 
 def half_precision(device):

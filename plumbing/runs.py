@@ -20,6 +20,8 @@ def folder(args, stage):
     variant = ""
     if stage == "vision-audio":
         variant = f"-a{args.alpha:g}" + (f"-p{args.on_policy:g}" if args.on_policy else "")
+    if stage != "vision-text" and args.train == "projector":
+        variant += "-projector"
     return Path("runs") / args.preset / f"{stage}{variant}-s{args.seed}"
 
 
@@ -60,38 +62,55 @@ def save(ollm, run, config):
             ollm.lvlm.save_pretrained(folder)
             ollm.tokenizer.save_pretrained(folder)
         else:
-            is_folder = Path(ollm.base).is_dir()
-            info["base"] = os.path.relpath(ollm.base, run) if is_folder else str(ollm.base)
-            info["base_fingerprint"] = fingerprint(ollm.base)
+            elsewhere = ("lvlm.", "audio_encoder.") if ollm.whisper else ("lvlm.",)
             trained = {name: tensor.contiguous() for name, tensor in ollm.state_dict().items()
-                       if not name.startswith("lvlm.")}
+                       if not name.startswith(elsewhere)}
+            for part, source in (("base", ollm.base), ("whisper", ollm.whisper)):
+                if source:
+                    is_folder = Path(source).is_dir()
+                    info[part] = os.path.relpath(source, run) if is_folder else str(source)
+                    info[f"{part}_fingerprint"] = fingerprint(source)
             save_file(trained, folder / "model.safetensors", metadata={"format": "pt"})
             ollm.audio_encoder.config.save_pretrained(folder)
             ollm.mel_extractor.save_pretrained(folder)
         (folder / "ollm.json").write_text(json.dumps(info, indent=1) + "\n")
 
 
-def base_of(run):
-    """Returns the LVLM that a run listens for, folder or hub id; an LVLM is its own base."""
-    base = about(run)["base"]
-    if base is None:
+def source_of(run, part):
+    """Returns where a run's part lies, a folder or hub id: the run itself if it was trained there.
+
+    part: "base", the LVLM, or "whisper", the audio encoder
+    """
+    source = about(run).get(part)
+    if source is None:
         return run
-    beside = Path(os.path.normpath(Path(run) / base))
-    return beside if beside.is_dir() else base
+    beside = Path(os.path.normpath(Path(run) / source))
+    return beside if beside.is_dir() else source
+
+
+def check_sources(run):
+    """Returns a run's ollm.json. Raises BadInput if a part that it names is another one now."""
+    info = about(run)
+    for part in ("base", "whisper"):
+        source = source_of(run, part)
+        if source != run and fingerprint(source) != info[f"{part}_fingerprint"]:
+            raise BadInput(f"was trained on another {part} than lies in {source} now")
+    return info
 
 
 def name(run):
     """Returns what a run is called in a table, the same for all seeds: "SFT", "KD 0.75", ..."""
     training = about(run)["training"]
+    alone = ", projector alone" if training.get("train") == "projector" else ""
     if training["stage"] != "vision-audio":
-        return {"vision-text": "base", "audio-text": "aligned"}[training["stage"]]
+        return {"vision-text": "base", "audio-text": "aligned"}[training["stage"]] + alone
     alpha, on_policy = training["alpha"], training["on_policy"]
     text = f"KD {alpha:g}" if alpha or on_policy else "SFT"
     if on_policy:
         text += f", on-policy {on_policy:g}"
     if training["temperature"] != 1:
         text += f", T {training['temperature']:g}"
-    return text
+    return text + alone
 
 
 def differences(there, here, free=()):

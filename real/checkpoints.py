@@ -255,11 +255,14 @@ def load_tokenizer(path, llm=None):
 
 
 def load_audio_encoder(path):
-    """Returns (encoder, feature extractor) of a Whisper of any size; its decoder is left out."""
+    """Returns (encoder, feature extractor) of a Whisper of any size; its decoder is left out.
+
+    A run that trained one is such a Whisper, too.
+    """
     encoder, extractor = empty_audio_encoder(path)
-    start = "model.encoder."
-    state = {name.removeprefix(start): tensor for name, tensor in stored_tensors(fetch(path))
-             if name.startswith(start)}
+    starts = re.compile(r"^(model\.encoder|audio_encoder)\.")
+    state = {starts.sub("", name): tensor for name, tensor in stored_tensors(fetch(path))
+             if starts.match(name)}
     with at(path):
         encoder.load_state_dict(state)
     return encoder, extractor

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torchaudio
 
-from plumbing.files import BadInput, at, json_lines, read_json, written_whole
+from plumbing.files import BadInput, at, json_lines, read_json, table_rows, written_whole
 from plumbing.media import load_audio, load_image, save_sound
 from plumbing.prepared import attempt, check_inside, in_parallel, pick, prepare, write
 from real.speech import LONGEST_QUESTION, SILENT, add_voice_arguments, speak_all, spoken_text
@@ -175,14 +175,11 @@ def manifest_tasks(args):
 
 
 def read_table(path):
-    """Yields ("file:line", row) of a .jsonl, or of a .tsv with a header."""
-    if Path(path).suffix == ".jsonl":
-        yield from json_lines(path)
-        return
-    with at(path), open(path, encoding="utf-8", errors="replace", newline="") as lines:
-        rows = csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
-        for number, row in enumerate(rows, 2):
-            yield f"{path}:{number}", row
+    """Yields ("file:line", row) of a .jsonl, or of a .tsv with a header; either may be a .gz."""
+    if Path(path).name.removesuffix(".gz").endswith((".jsonl", ".json")):
+        return json_lines(path)
+    # A byte that is no UTF-8 spoils a row, not the table.
+    return table_rows(path, errors="replace", quoting=csv.QUOTE_NONE)
 
 
 def take_clip(name, recording, transcript, *stretch, folder):

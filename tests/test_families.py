@@ -490,7 +490,7 @@ def test_a_published_checkpoint_is_trained_and_evaluated(family, world, tmp_path
     run("train.py", *flags, "--alpha", 0.75, "--data", world / "vision-audio", "--max-tiles", 1,
         "--out", trained, cwd=tmp_path)
     before, after = OLLM.load(aligned), OLLM.load(trained)
-    assert after.settings["max_tiles"] == 1 and runs.base_of(trained) == lvlm
+    assert after.settings["max_tiles"] == 1 and runs.source_of(trained, "base") == lvlm
     assert not torch.equal(before.projector.weight, after.projector.weight)
     for name, value in before.lvlm.state_dict().items():
         assert torch.equal(value, after.lvlm.state_dict()[name]), name

@@ -257,7 +257,7 @@ def test_the_preset_aligns_trains_and_answers_from_original_checkpoints(world, t
     settings = about["settings"]
     assert settings["max_tiles"] == 3 and settings["audio_seconds"] == 4
     assert settings["system"] == INTERNVL2["system"] and settings["tokens_per_tile"] == 4
-    assert runs.base_of(run) == lvlm and about["training"]["lr"] == 4e-5
+    assert runs.source_of(run, "base") == lvlm and about["training"]["lr"] == 4e-5
     assert not torch.equal(before.projector.weight, after.projector.weight)
     for key, value in checkpoints.load_lvlm(lvlm).state_dict().items():
         assert torch.equal(value, after.lvlm.state_dict()[key]), key
