@@ -9,12 +9,12 @@ from plumbing.files import BadInput, at
 
 BASES = {  # by preset: hub id, and how many clips of 30 s audio-text takes at once on 80 GB
     "internvl2-1b": ("OpenGVLab/InternVL2-1B", 16),
-    "internvl2-2b": ("OpenGVLab/InternVL2-2B", 8),
-    "internvl2-4b": ("OpenGVLab/InternVL2-4B", 8),
-    "internvl2-8b": ("OpenGVLab/InternVL2-8B", 4),
-    "qwen2-vl-2b": ("Qwen/Qwen2-VL-2B-Instruct", 8),
-    "qwen2-vl-7b": ("Qwen/Qwen2-VL-7B-Instruct", 4),
-    "qwen2.5-vl-3b": ("Qwen/Qwen2.5-VL-3B-Instruct", 8),  # not of the paper
+    "internvl2-2b": ("OpenGVLab/InternVL2-2B", 16),
+    "internvl2-4b": ("OpenGVLab/InternVL2-4B", 16),
+    "internvl2-8b": ("OpenGVLab/InternVL2-8B", 8),
+    "qwen2-vl-2b": ("Qwen/Qwen2-VL-2B-Instruct", 16),
+    "qwen2-vl-7b": ("Qwen/Qwen2-VL-7B-Instruct", 8),
+    "qwen2.5-vl-3b": ("Qwen/Qwen2.5-VL-3B-Instruct", 16),  # not of the paper
 }
 PATCHES_PER_TOKEN = 4  # of a Qwen2-VL: 2 x 2 patches of 14 x 14 pixels
 
