@@ -15,7 +15,6 @@ from test_bench_tsv import write_benchmarks
 from test_sources import build_vits
 
 
-
 def block(page, heading):
     """Returns the first block of commands under a heading."""
     pattern = rf"## {heading}\n.*?```sh\n(.*?)```"
