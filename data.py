@@ -150,7 +150,7 @@ def collate(samples, tokenizer, mel_extractor, settings, answers=True):
     prefix_ids, question_ids, turn = families.prompt_ids(tokenizer, settings, image_tokens, texts)
     answer_ids = [[] for _ in samples]
     if answers:
-        end = CHATS[settings["llm"]]["end"]
+        end = CHATS[settings["chat"]]["end"]
         answer_ids = tokenizer([s["answer"] + s.get("end", end) for s in samples]).input_ids
 
     def query(slots):

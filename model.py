@@ -35,7 +35,7 @@ from plumbing.files import BadInput, at
 from plumbing.prepared import how_asked
 from plumbing.processes import half_precision, to_device
 from real.checkpoints import empty_audio_encoder, load_audio_encoder, load_lvlm, load_tokenizer
-from real.families import CHATS, lvlm_settings, prefix_positions
+from real.families import CHATS, OLD_CHATS, lvlm_settings, prefix_positions
 from world.models import build_audio_encoder, build_lvlm
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -63,7 +63,7 @@ class OLLM(nn.Module):
     audio_encoder  transformers' WhisperEncoder; mel_extractor: its WhisperFeatureExtractor
     whisper        folder or hub id that holds the audio encoder; None if it is trained itself
     settings       how questions are put, a dict that a run keeps in its ollm.json:
-        llm, system          name of the chat (see real/families.py), and its system message
+        chat, system         name of the chat (see real/families.py), and its system message
         instruction          what follows speech that is to be transcribed
         image_size           side of a tile in pixels
         tokens_per_tile      how many image tokens it becomes
@@ -257,7 +257,7 @@ class OLLM(nn.Module):
 
         keep_end: leave the end mark on answers that reached it
         """
-        end = self.tokenizer.convert_tokens_to_ids(CHATS[self.settings["llm"]]["end"])
+        end = self.tokenizer.convert_tokens_to_ids(CHATS[self.settings["chat"]]["end"])
         answers = torch.empty_like(query["ids"][:, :0])  # (B, tokens so far)
 
         # All tokens but the last one that it writes are read, too, and must fit.
@@ -307,8 +307,10 @@ class OLLM(nn.Module):
 
             # The LVLM, from the base.
             lvlm = load_lvlm(base, device=device)
-            tokenizer = load_tokenizer(base, lvlm.config.text_config)
             settings = info["settings"] or lvlm_settings(lvlm)
+            if "llm" in settings:  # written by an earlier version
+                settings["chat"] = OLD_CHATS[settings.pop("llm")]
+            tokenizer = load_tokenizer(base, lvlm.config.text_config, settings["chat"])
             if base == run:
                 return cls(lvlm, tokenizer, settings, base).requires_grad_(False).move_to(device)
 

@@ -65,6 +65,7 @@ from world.models import build_audio_encoder, build_lvlm
 
 INTERNVL2_1B = {  # what matters here of its config.json
     "model_type": "internvl_chat", "downsample_ratio": 0.5, "ps_version": "v2", "select_layer": -1,
+    "template": "Hermes-2",
     "vision_config": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16,
                       "intermediate_size": 4096, "image_size": 448, "patch_size": 14,
                       "num_channels": 3, "hidden_act": "gelu", "norm_type": "layer_norm",

@@ -1,4 +1,4 @@
-"""Computes on paper what the paper's trainings take, for each of its six bases. Runs nothing.
+"""Computes what the paper's trainings take, for its six bases and two newer ones. Runs nothing.
 
     python -m analysis.bench --plan                            # eight A100s of 80 GB
     python -m analysis.bench --plan --peak-share 0.3 --gb 40   # slower, with half the memory
@@ -21,6 +21,8 @@ LLMS = {  # the LLM: transformers' type, width, layers, heads, key heads, MLP, v
     "internvl2-8b": ("llama", 4096, 32, 32, 8, 14336, 92553, False),
     "qwen2-vl-2b": ("qwen2_vl_text", 1536, 28, 12, 2, 8960, 151936, True),
     "qwen2-vl-7b": ("qwen2_vl_text", 3584, 28, 28, 4, 18944, 152064, False),
+    "internvl3-1b": ("qwen2", 896, 24, 14, 2, 4864, 151674, False),
+    "internvl3.5-1b": ("qwen3", 1024, 28, 16, 8, 3072, 151936, False),  # heads of 128
 }
 WHISPER_LARGE_V3 = {"num_mel_bins": 128, "d_model": 1280, "encoder_layers": 32,
                     "encoder_attention_heads": 20, "encoder_ffn_dim": 5120}
@@ -57,14 +59,21 @@ def asr_clip(seconds):
 # ---- weights: of the linear maps alone, biases, norms and positions are 0.4 % at most ------------
 
 
+def query_width(llm):
+    """Returns the width of a layer's queries: all heads side by side. Qwen3's have 128 each."""
+    head = getattr(llm, "head_dim", None) or llm.hidden_size // llm.num_attention_heads
+    return head * llm.num_attention_heads
+
+
 def key_width(llm):
     """Returns the width of a layer's keys: all key heads side by side."""
-    return llm.hidden_size // llm.num_attention_heads * llm.num_key_value_heads
+    return query_width(llm) // llm.num_attention_heads * llm.num_key_value_heads
 
 
 def llm_weights(llm):
     """Returns the weights of an LLM's layer: queries, output, keys, values and the MLP's three."""
-    return llm.hidden_size * (2 * llm.hidden_size + 2 * key_width(llm) + 3 * llm.intermediate_size)
+    heads = query_width(llm) + key_width(llm)
+    return llm.hidden_size * (2 * heads + 3 * llm.intermediate_size)
 
 
 def encoder_weights(width, mlp):
@@ -158,12 +167,12 @@ def step_flops(config, audio, tiles, prefix, teacher, student, answers, frames, 
     costs twice as much, for the gradients of scores, values, queries and keys.
     """
     llm = config.text_config
-    width, weights, keys = llm.hidden_size, llm_weights(llm), prefix + student
+    width, weights, keys = query_width(llm), llm_weights(llm), prefix + student
     layer = layer_flops(prefix, prefix, width, weights)
     layer += layer_flops(teacher, prefix + teacher, width, weights)
     layer += layer_flops(student, keys, width, weights)
     layer += 2 * student * weights + 2 * 2 * 2 * student * keys * width  # backward
-    heads = (3 if teacher else 2) * 2 * answers * width * llm.vocab_size  # one backward
+    heads = (3 if teacher else 2) * 2 * answers * llm.hidden_size * llm.vocab_size  # one backward
     return (see_flops(config, tiles) + llm.num_hidden_layers * layer + heads
             + hear_flops(config, audio, frames, **hearing))
 
@@ -176,9 +185,12 @@ def sample_bytes(config, audio, tiles, prefix, teacher, student, answers, frames
     """Returns the bytes that a sample holds while its loss is computed: the most of a step."""
     # A layer of the LLM keeps what two norms read (float32), queries and attention's output, three
     # tensors of the MLP, keys and values for all heads, the mask as numbers. The prefix stays, too.
-    llm, keys = config.text_config, prefix + student
-    layer = student * ((2 * 4 + 2 * 2) * llm.hidden_size + 3 * 2 * llm.intermediate_size)
-    layer += keys * 2 * 2 * llm.hidden_size + student * keys * 2 + prefix * 2 * 2 * key_width(llm)
+    llm, width, keys = config.text_config, query_width(config.text_config), prefix + student
+    layer = student * (2 * 4 * llm.hidden_size + 2 * 2 * width + 3 * 2 * llm.intermediate_size)
+    layer += keys * 2 * 2 * width + student * keys * 2 + prefix * 2 * 2 * key_width(llm)
+    if llm.model_type == "qwen3":  # it also norms each head of queries and keys
+        heads = llm.num_attention_heads + llm.num_key_value_heads
+        layer += student * 4 * (width + key_width(llm) + heads)
     last_norm = student * 4 * llm.hidden_size
 
     # A layer of Whisper keeps what two norms read (float32), a copy of it for each of four linear

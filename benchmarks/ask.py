@@ -74,17 +74,17 @@ def bench_files(paths):
     return files
 
 
-def bench_rows(path, n, suffix, llm="qwen2"):
+def bench_rows(path, n, suffix, chat="Hermes-2"):
     """Returns a benchmark's first n rows, each with "prompt": what is written, "aloud" and "after".
 
     suffix: "spoken", "written" or "dropped", what becomes of options and format behind the question
-    llm: whose wording
+    chat: whose wording
     """
     rows, dropped = read_tsv(path)
     if dropped:
         print(f"{path}: {dropped} rows without a picture are left out, as VLMEvalKit does")
     for row in rows:
-        question, rest = prompt(path.stem, row, llm)
+        question, rest = prompt(path.stem, row, chat)
         row["prompt"] = question if suffix == "dropped" else question + rest
         row["aloud"] = question + rest if suffix == "spoken" else question
         row["after"] = rest if suffix == "written" else ""
@@ -264,7 +264,7 @@ def score_subject(subject, files, args):
         print(f"{subject.label}: spoken by {args.tts} ({args.voice}), format suffixes {suffix}")
     for file in files:
         settings = tile_settings(subject.settings, file.stem, args)
-        rows = bench_rows(file, args.n, suffix, settings.get("llm", "qwen2"))
+        rows = bench_rows(file, args.n, suffix, settings.get("chat", "Hermes-2"))
         if args.tts == "mms" and "audio" in subject.forms:
             speak_rows(rows, args)
         path = predictions_file(subject, settings, file.stem, suffix, args)

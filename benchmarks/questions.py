@@ -96,13 +96,13 @@ def image_of(row):
 BRIEFLY = "Answer the question using a single word or phrase."
 
 
-def prompt(benchmark, row, llm="qwen2"):
+def prompt(benchmark, row, chat="Hermes-2"):
     """Returns an LVLM's prompt in two parts: the question, and all that follows it.
 
     Follows InternVLChat.build_prompt, or Qwen2VLPromptMixin's; the parts are to be joined without a
-    blank. llm: model.py's setting, which names the family
+    blank. chat: model.py's setting, which names the family
     """
-    if CHATS[llm] == QWEN2_VL:
+    if CHATS[chat] == QWEN2_VL:
         return qwen2_vl_prompt(benchmark, row)
     if benchmark == "RealWorldQA":
         lines = [f"{letter}. {option}" for letter, option in options(row).items()]

@@ -160,7 +160,7 @@ def fetch(path):
     """Returns the folder of a model: `path` itself, or the hub's copy, downloaded if need be."""
     if Path(path, "config.json").exists() or Path(path, "ollm.json").exists():
         return Path(path)
-    wanted = ["*.json", "*.txt", "tokenizer.model", "model.safetensors",
+    wanted = ["*.json", "*.txt", "chat_template.jinja", "tokenizer.model", "model.safetensors",
               "model-*.safetensors"]  # no code, no pickle
     with at(f"{path}: no such folder, and not from the Hugging Face hub (where there is a network, "
             f"`hf download {path} --local-dir FOLDER`, then name that folder)"):

@@ -1,7 +1,7 @@
 """The real models, LVLMs and Whisper from folders or hub ids, in transformers' own classes.
 
     lvlm = load_lvlm("OpenGVLab/InternVL2-1B")
-    tokenizer = load_tokenizer("OpenGVLab/InternVL2-1B", lvlm.config.text_config)
+    tokenizer = load_tokenizer("OpenGVLab/InternVL2-1B", lvlm.config.text_config, "Hermes-2")
     audio_encoder, mel_extractor = load_audio_encoder("openai/whisper-large-v3")
 
 InternVL2 is published with code of its own. Here its weights get the names of transformers'
@@ -64,7 +64,7 @@ NAMES = {  # by config.json's model_type: published parameter names, as patterns
         (r"\.feed_forward\.w1\.", ".mlp.gate_proj."),
         (r"\.feed_forward\.w2\.", ".mlp.down_proj."),
         (r"\.feed_forward\.w3\.", ".mlp.up_proj.")),
-    "internvl": (  # as transformers saves it: the built-in world's runs
+    "internvl": (  # as transformers saves it: InternVL3 and 3.5, and the built-in world's runs
         (r"^(vision_tower|multi_modal_projector)\.", r"model.\1."),
         (r"^language_model\.model\.", "model.language_model."),
         (r"^language_model\.lm_head\.", "lm_head.")),
@@ -98,11 +98,13 @@ def load_weights(lvlm, tensors):
             raise BadInput(f"{name} is stored twice")
         state[name] = tensor
 
-    # A head that is tied to the embeddings is one tensor with two names.
+    # A head that is tied to the embeddings is one tensor with two names. If another is stored, it
+    # is not tied, as transformers has it, too: the config.json of InternVL3 does not say so.
     if lvlm.lm_head.weight is lvlm.get_input_embeddings().weight:
         embeddings = state["model.language_model.embed_tokens.weight"]
         if not torch.equal(state.setdefault("lm_head.weight", embeddings), embeddings):
-            raise BadInput("lm_head is stored, but tied to the embeddings")
+            lvlm.lm_head.weight = torch.nn.Parameter(torch.empty_like(lvlm.lm_head.weight))
+            lvlm.config.tie_word_embeddings = False
     lvlm.load_state_dict(state)
 
 
@@ -179,7 +181,7 @@ def native_config(config, image_token_id):
     return InternVLConfig(
         vision_config=vision_config, text_config=text_config, image_token_id=image_token_id,
         image_seq_length=int(side * side), downsample_ratio=ratio,
-        template=config.get("template", CHATS[LLMS[family]]["template"]),
+        template=config.get("template"),
         tie_word_embeddings=False)  # lm_head is stored, whatever the original's flag says
 
 
@@ -215,12 +217,12 @@ def rename(tensors, names, llm):
             yield key, part
 
 
-def load_tokenizer(path, llm=None):
+def load_tokenizer(path, llm=None, chat=None):
     """Returns a model's tokenizer, without remote code.
 
-    llm: the LVLM's text_config, to check that the chat's marks are tokens, and to take no prompt
-    beyond the LLM's positions. Some LLMs turn all keys by other angles when a prompt is longer;
-    those of a prefix that was read before would keep the old ones.
+    llm: the LVLM's text_config, to take no prompt beyond the LLM's positions. Some LLMs turn all
+    keys by other angles when a prompt is longer; those of a prefix that was read before would keep
+    the old ones. chat: the name of the LVLM's chat, to check that the tokenizer can write it
     """
     folder = fetch(path)
     with at(f"{folder}: the tokenizer does not load"):
@@ -235,20 +237,38 @@ def load_tokenizer(path, llm=None):
         if llm is None:
             return tokenizer
 
-        chat, vocabulary = CHATS[llm.model_type], tokenizer.get_vocab()
-        written = chat["before"] + "".join(chat["image"]) + chat["turn"] + chat["end"]
-        missing = [mark for mark in sorted(set(re.findall(r"<[^<>\s]+>", written)))
-                   if tokenizer(mark).input_ids != [vocabulary.get(mark)]]
-        if missing or tokenizer.pad_token_id is None:
-            raise BadInput(f"it lacks {missing or 'a token for padding'}")
-        if max(vocabulary.values()) >= llm.vocab_size:
-            raise BadInput(f"it has tokens beyond the LLM's {llm.vocab_size:,}")
-        if tokenizer(chat["end"] + "A").input_ids[1:] != tokenizer("A").input_ids:
-            raise BadInput("it puts something before a text that stands alone")
+        check_chat(tokenizer, llm, chat)
         limit = llm.rope_parameters.get("original_max_position_embeddings",
                                         llm.max_position_embeddings)
         tokenizer.model_max_length = min(tokenizer.model_max_length, limit)
         return tokenizer
+
+
+def check_chat(tokenizer, llm, name):
+    """Raises BadInput if a tokenizer cannot write the chat of this name, or not for this LLM."""
+    # The chat's marks are tokens, each of them one.
+    chat, vocabulary = CHATS[name], tokenizer.get_vocab()
+    written = chat["before"] + "".join(chat["image"]) + chat["turn"] + chat["end"]
+    marks = sorted(set(re.findall(r"<[^<>\s]+>", written)))
+    missing = [mark for mark in marks if tokenizer(mark).input_ids != [vocabulary.get(mark)]]
+    if missing or tokenizer.pad_token_id is None:
+        raise BadInput(f"it lacks {missing or 'a token for padding'}")
+    if tokenizer(chat["end"] + "A").input_ids[1:] != tokenizer("A").input_ids:
+        raise BadInput("it puts something before a text that stands alone")
+
+    # What we write has an embedding. (InternVL3-1B's tokenizer also has <video>, for which its LLM
+    # has none.)
+    used = [tokenizer.vocab_size - 1, tokenizer.pad_token_id, *map(vocabulary.get, marks)]
+    if max(used) >= llm.vocab_size:
+        raise BadInput(f"it has tokens beyond the LLM's {llm.vocab_size:,}")
+
+    # "internvl" is any InternVL in transformers' own layout: its chat template tells how it is
+    # spoken to.
+    if name == "internvl":
+        theirs = tokenizer.chat_template and tokenizer.apply_chat_template(
+            [{"role": "user", "content": "A"}], tokenize=False, add_generation_prompt=True)
+        if theirs != chat["before"] + "A" + chat["turn"]:
+            raise BadInput(f"its chat template is not InternVL3's: it writes {theirs!r:.200}")
 
 
 # ---- Whisper -------------------------------------------------------------------------------------

@@ -1,8 +1,9 @@
 """What differs between LVLM families: chat format, special tokens, picture patches, positions.
 
-CHATS has a row for each family, named by its LLM (transformers' `text_config.model_type`, the
-setting "llm"): all that stands around a question, to the letter, as the LVLM learnt it. One more
-LVLM is one more row, and its parameters' names in checkpoints.py. There is nothing to run here.
+CHATS has a row for each chat (the setting "chat"): all that stands around a question, to the
+letter, as the LVLM learnt it. config.json names the chat: OpenGVLab's by its "template",
+transformers' by its "model_type". One more LVLM is one more row, and its parameters' names in
+checkpoints.py. There is nothing to run here.
 """
 
 from plumbing.files import BadInput, at
@@ -14,7 +15,10 @@ BASES = {  # by preset: hub id, and how many clips of 30 s audio-text takes at o
     "internvl2-8b": ("OpenGVLab/InternVL2-8B", 8),
     "qwen2-vl-2b": ("Qwen/Qwen2-VL-2B-Instruct", 16),
     "qwen2-vl-7b": ("Qwen/Qwen2-VL-7B-Instruct", 8),
-    "qwen2.5-vl-3b": ("Qwen/Qwen2.5-VL-3B-Instruct", 16),  # not of the paper
+    # Not of the paper
+    "qwen2.5-vl-3b": ("Qwen/Qwen2.5-VL-3B-Instruct", 16),
+    "internvl3-1b": ("OpenGVLab/InternVL3-1B-hf", 16),
+    "internvl3.5-1b": ("OpenGVLab/InternVL3_5-1B-HF", 16),
 }
 PATCHES_PER_TOKEN = 4  # of a Qwen2-VL: 2 x 2 patches of 14 x 14 pixels
 
@@ -26,26 +30,32 @@ INTERNVL2 = {
     "turn": "<|im_end|><|im_start|>assistant\n",
     "end": "<|im_end|>"}
 QWEN2_VL = {
-    "template": None,
     "system": "You are a helpful assistant.",
     "before": "<|im_start|>system\n{}<|im_end|>\n<|im_start|>user\n",
     "image": ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>"),
     "turn": "<|im_end|>\n<|im_start|>assistant\n",
     "end": "<|im_end|>"}
-CHATS = {  # "template" is what OpenGVLab's config.json calls a chat
+CHATS = {
     # InternVL2-1B, and the built-in world
-    "qwen2": INTERNVL2 | {"template": "Hermes-2"},
+    "Hermes-2": INTERNVL2,
     # InternVL2-2B and -8B: InternLM2
-    "llama": INTERNVL2 | {"template": "internlm2-chat", "before": "<s>" + INTERNVL2["before"]},
+    "internlm2-chat": INTERNVL2 | {"before": "<s>" + INTERNVL2["before"]},
     # InternVL2-4B. The blank is a token of its own, which the original tokenizer puts there.
-    "phi3": INTERNVL2 | {
-        "template": "phi3-chat",
+    "phi3-chat": INTERNVL2 | {
         "before": "<s> <|system|>\n{}<|end|><|user|>\n",
         "turn": "<|end|><|assistant|>\n",
         "end": "<|end|>"},
-    "qwen2_vl_text": QWEN2_VL,
-    "qwen2_5_vl_text": QWEN2_VL,
+    "qwen2_vl": QWEN2_VL,
+    "qwen2_5_vl": QWEN2_VL,
+    # InternVL3 and 3.5 in transformers' own layout. Their processors write no system message.
+    "internvl": INTERNVL2 | {
+        "system": "",
+        "before": "<|im_start|>user\n",
+        "turn": QWEN2_VL["turn"]},
 }
+OLD_CHATS = {  # what earlier versions of this code called them in a run's ollm.json: "llm"
+    "qwen2": "Hermes-2", "llama": "internlm2-chat", "phi3": "phi3-chat",
+    "qwen2_vl_text": "qwen2_vl", "qwen2_5_vl_text": "qwen2_5_vl"}
 
 
 def lvlm_settings(lvlm):
@@ -54,11 +64,12 @@ def lvlm_settings(lvlm):
     Raises BadInput for an LVLM of another chat format: its answers would be worse, unnoticed.
     """
     llm, vision = lvlm.config.text_config.model_type, lvlm.config.vision_config
-    template = getattr(lvlm.config, "template", None)
-    if llm not in CHATS or template != CHATS[llm]["template"]:
-        raise BadInput(f"an LVLM with the LLM {llm} and the chat {template}; supported are "
-                       "InternVL2 of 1B to 8B in OpenGVLab's layout, Qwen2-VL and 2.5-VL")
-    settings = {"llm": llm, "system": CHATS[llm]["system"], "max_tiles": 6,
+    chat = getattr(lvlm.config, "template", None) or lvlm.config.model_type
+    if chat not in CHATS or chat == "internvl" and llm not in ("qwen2", "qwen3"):
+        raise BadInput(f"an LVLM with the LLM {llm} and the chat {chat}; supported are InternVL2 "
+                       "of 1B to 8B in OpenGVLab's layout, InternVL3 and 3.5 with Qwen's LLMs in "
+                       "transformers' (-hf), Qwen2-VL and 2.5-VL")
+    settings = {"chat": chat, "system": CHATS[chat]["system"], "max_tiles": 6,
                 "instruction": "Transcribe the speech."}
 
     # Qwen2-VL does not cut a picture. 448 x 448 pixels of it are as many tokens as such a tile.
@@ -76,7 +87,7 @@ def prompt_ids(tokenizer, settings, image_tokens, questions):
     tokenised whole and then cut, and it is checked that no token grew across a cut.
     """
     # The prompts as text.
-    chat = CHATS[settings["llm"]]
+    chat = CHATS[settings["chat"]]
     opening, mark, closing = chat["image"]
     before, prompts = [], []
     for n, question in zip(image_tokens, questions):
@@ -99,7 +110,7 @@ def prompt_ids(tokenizer, settings, image_tokens, questions):
 
 def turn_ids(tokenizer, settings):
     """Returns the ids of what stands between question and answer."""
-    return tokenizer(CHATS[settings["llm"]]["turn"]).input_ids
+    return tokenizer(CHATS[settings["chat"]]["turn"]).input_ids
 
 
 def tile(image, max_tiles, size=448, thumbnail=True):

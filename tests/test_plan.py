@@ -22,11 +22,12 @@ from model import OLLM
 from train import PRESETS
 from world.models import build_audio_encoder, build_lvlm
 
-LLM_TYPES = ("qwen2", "llama", "phi3", "qwen2_vl_text")
+LLM_TYPES = ("qwen2", "llama", "phi3", "qwen2_vl_text", "qwen3")
 WHISPER = WhisperConfig(**plan.WHISPER_LARGE_V3)
 PARAMETERS = {"internvl2-1b": 938_158_976, "internvl2-2b": 2_205_754_368,
               "internvl2-4b": 4_146_855_936, "internvl2-8b": 8_075_365_376,
-              "qwen2-vl-2b": 2_208_985_600, "qwen2-vl-7b": 8_291_375_616}
+              "qwen2-vl-2b": 2_208_985_600, "qwen2-vl-7b": 8_291_375_616,
+              "internvl3-1b": 938_193_024, "internvl3.5-1b": 1_060_897_792}
 
 
 # What is trained, and whether Whisper's layers are computed again in the backward pass
@@ -40,6 +41,8 @@ def build(llm_type, hearing="kept", vocabulary=2000):
     llm = {"model_type": llm_type, "hidden_size": 128, "num_hidden_layers": 3,
            "num_attention_heads": 8, "num_key_value_heads": 2, "intermediate_size": 320,
            "vocab_size": vocabulary, "pad_token_id": None}
+    if llm_type == "qwen3":
+        llm["head_dim"] = 32  # wider than its share of the hidden state, as in InternVL3.5-1B
     if llm_type == "qwen2_vl_text":
         llm["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6,
                                   "mrope_section": [2, 3, 3]}
@@ -142,7 +145,8 @@ def test_bytes_of_a_step(llm_type, alpha, hearing):
     for parameter in ollm.parameters():
         kept.pop(parameter.untyped_storage().data_ptr(), None)
     size = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-    prefix = 3 * 2 * 2 * 32 * sample["prefix"]  # 3 layers, keys and values of 2 heads of 16
+    key_width = plan.key_width(config.text_config)
+    prefix = 3 * 2 * 2 * key_width * sample["prefix"]  # 3 layers, keys and values
     logits = sample["answers"] * 2000 * (16 if alpha else 8)
     copies_of_layers = 0  # cast again in the backward pass
     if hearing == "recomputed":

@@ -65,7 +65,7 @@ def collate_shared(samples, collate, seed):
     batch, tokenizer = collate(alone), collate.keywords["tokenizer"]
     query = batch["text"]
     lengths = query["mask"].sum(1).tolist()
-    n_turn = len(tokenizer(CHATS["qwen2"]["turn"]).input_ids)
+    n_turn = len(tokenizer(CHATS["Hermes-2"]["turn"]).input_ids)
     positions, parts = [], []
     for i, sample in enumerate(samples):
         n_answer = int((query["labels"][i] >= 0).sum())

@@ -61,7 +61,7 @@ def build_lvlm():
         positions[0, 1:] += cells.repeat_interleave(2, 0).repeat_interleave(2, 1).flatten(0, 1)
         # A word is read and said in the same direction at first: so it is sooner seen in a picture.
         lvlm.lm_head.weight.copy_(lvlm.get_input_embeddings().weight)
-    settings = {"llm": "qwen2", "system": "", "image_size": shapes.SIZE, "tokens_per_tile": 4,
+    settings = {"chat": "Hermes-2", "system": "", "image_size": shapes.SIZE, "tokens_per_tile": 4,
                 "max_tiles": 1, "instruction": shapes.INSTRUCTION}
     return lvlm, tokenizer, settings
 
