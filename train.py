@@ -53,7 +53,7 @@ PRESETS = {
         "audio-text": {"muon": True, "lr": 3e-3, "global_batch": 8, "micro_batch": 8},
         "vision-audio": {"lr": 1e-3, "global_batch": 8, "micro_batch": 8},
     },
-    # The paper's base models and one more. Rates and batches are Appendix A's, micro-batches ours.
+    # The paper's base models and others. Rates and batches are Appendix A's, micro-batches ours.
     **{name: {
         "lvlm": lvlm,
         "whisper": "openai/whisper-large-v3",

@@ -98,8 +98,8 @@ def load_weights(lvlm, tensors):
             raise BadInput(f"{name} is stored twice")
         state[name] = tensor
 
-    # A head that is tied to the embeddings is one tensor with two names. If another is stored, it
-    # is not tied, as transformers has it, too: the config.json of InternVL3 does not say so.
+    # A head that is tied to the embeddings is one tensor with two names. If another one is stored,
+    # it is not tied. InternVL3's config.json does not tell; transformers decides in the same way.
     if lvlm.lm_head.weight is lvlm.get_input_embeddings().weight:
         embeddings = state["model.language_model.embed_tokens.weight"]
         if not torch.equal(state.setdefault("lm_head.weight", embeddings), embeddings):
@@ -262,8 +262,8 @@ def check_chat(tokenizer, llm, name):
     if max(used) >= llm.vocab_size:
         raise BadInput(f"it has tokens beyond the LLM's {llm.vocab_size:,}")
 
-    # "internvl" is any InternVL in transformers' own layout: its chat template tells how it is
-    # spoken to.
+    # "internvl" is any InternVL in transformers' own layout. How it is spoken to, only its chat
+    # template tells.
     if name == "internvl":
         theirs = tokenizer.chat_template and tokenizer.apply_chat_template(
             [{"role": "user", "content": "A"}], tokenize=False, add_generation_prompt=True)

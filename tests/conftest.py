@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
+    Qwen2Tokenizer,
     WhisperConfig,
     WhisperFeatureExtractor,
     WhisperForConditionalGeneration,
@@ -203,7 +204,11 @@ def build_qwen2_vl(folder, tied=True, kind="qwen2_vl"):
             "initializer_range": 0.08, "tie_word_embeddings": tied, "vision_config": vision}
     (folder / "config.json").write_text(json.dumps(flat | write_qwen2_vl_tokenizer(folder)))
     lvlm = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder))
-    save_file(published_names(lvlm, tied), folder / "model.safetensors")
+    names = {"model.language_model.": "model.", "model.visual.": "visual."}
+    tensors = published_names(lvlm, names)
+    if tied:
+        tensors.pop("lm_head.weight")
+    save_file(tensors, folder / "model.safetensors")
     return folder
 
 
@@ -216,22 +221,80 @@ def write_qwen2_vl_tokenizer(folder):
     return {f"{key}_token_id": special[f"<|{name}|>"] for key, name in names.items()}
 
 
-def published_names(qwen2_vl, tied):
-    """Returns {name: tensor} of a Qwen2-VL as it is published; a head that is tied is not."""
-    names = {"model.language_model.": "model.", "model.visual.": "visual."}
+def published_names(lvlm, names):
+    """Returns {name: tensor} of an LVLM as it is published; names: how they begin, {now: then}."""
     tensors = {}
-    for name, tensor in qwen2_vl.state_dict().items():
+    for name, tensor in lvlm.state_dict().items():
         start = next((start for start in names if name.startswith(start)), "")
         tensors[names.get(start, "") + name.removeprefix(start)] = tensor
-    if tied:
-        tensors.pop("lm_head.weight")
     return tensors
 
 
+# Of the processors of OpenGVLab/InternVL3-1B-hf and InternVL3_5-1B-HF
+INTERNVL3_TEMPLATE = (
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n'}}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for content in message['content'] %}"
+    "{% if content['type'] == 'image' %}{{ '<IMG_CONTEXT>\n' }}"
+    "{% elif content['type'] == 'video' %}{{ '<video>\n' }}"
+    "{% elif content['type'] == 'text' %}{{ content['text'] }}{% endif %}{% endfor %}{% endif %}"
+    "{{'<|im_end|>\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{'<|im_start|>assistant\n' }}{% endif %}")
+INTERNVL3_NAMES = {"model.language_model.": "language_model.model.",
+                   "lm_head.": "language_model.lm_head.", "model.": ""}
+
+
+def build_internvl3(folder, llm="qwen2"):
+    """A tiny InternVL3 in the layout of its -hf checkpoints, 3.5 with the LLM "qwen3".
+
+    As published, config.json does not say that the head is not tied, parameters have older names,
+    and InternVL3's LLM has no embedding for the tokenizer's last token, <video>.
+    """
+    torch.manual_seed(0)
+    folder = folder / f"internvl3-{llm}"
+    folder.mkdir()
+    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>",
+              "<video>"]
+    write_tokenizer(folder, {token: 190 + i for i, token in enumerate(tokens)})
+    roles = {"start_image": "<img>", "end_image": "</img>", "context_image": "<IMG_CONTEXT>",
+             "video": "<video>"}
+    roles = {f"{role}_token": token for role, token in roles.items()}
+    tokenizer = Qwen2Tokenizer.from_pretrained(folder, extra_special_tokens=roles)
+    tokenizer.chat_template = INTERNVL3_TEMPLATE
+    tokenizer.save_pretrained(folder)
+
+    text = {"model_type": llm, "hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 196,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 96,
+            "rms_norm_eps": 1e-6, "rope_theta": 1e6, "max_position_embeddings": 4096,
+            "initializer_range": 0.08, "bos_token_id": 190, "eos_token_id": 192}
+    if llm == "qwen2":
+        text["rope_scaling"] = {"factor": 2.0, "rope_type": "dynamic", "type": "dynamic"}
+    if llm == "qwen3":
+        text |= {"head_dim": 32, "vocab_size": 208}  # heads wider than their share
+    vision = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+              "intermediate_size": 64, "image_size": [56, 56], "patch_size": [14, 14],
+              "attention_bias": True, "use_mean_pooling": True, "initializer_range": 0.08}
+    (folder / "config.json").write_text(json.dumps(
+        {"model_type": "internvl", "architectures": ["InternVLForConditionalGeneration"],
+         "downsample_ratio": 0.5, "image_seq_length": 4, "image_token_id": 195,
+         "projector_hidden_act": "gelu", "text_config": text, "vision_config": vision,
+         "vision_feature_layer": -1, "vision_feature_select_strategy": "default"}))
+    config = AutoConfig.from_pretrained(folder)
+    config.tie_word_embeddings = False
+    lvlm = AutoModelForImageTextToText.from_config(config)
+    save_file(published_names(lvlm, INTERNVL3_NAMES), folder / "model.safetensors")
+    return folder
+
+
 def build_lvlm_folder(family, folder):
-    """A tiny checkpoint of a family, as it is published: name it by its setting "llm"."""
+    """A tiny checkpoint of a family, as it is published.
+
+    family: "qwen2", "llama" or "phi3" is InternVL2 with this LLM, "untied" a Qwen2-VL
+    """
     if family == "qwen2":
         return build_internvl2(folder)
+    if family.startswith("internvl3"):
+        return build_internvl3(folder, "qwen3" if family == "internvl3_5" else "qwen2")
     if family in ("llama", "phi3"):
         name = {"llama": "internlm2"}.get(family, family)
         return shutil.copytree(FIXTURES / f"internvl2_tiny_{name}", folder / name)

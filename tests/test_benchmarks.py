@@ -261,13 +261,13 @@ def test_prompts_are_internvl2s():
 def test_qwen2_vl_is_asked_in_its_own_words():
     row = {"question": "Is it?", "A": "Yes", "B": "No", "C": None, "E": "5"}
     briefly = "Please try to answer the question with short words or phrases if possible."
-    assert {name: "".join(prompt(name, row, "qwen2_vl_text")) for name in BENCHMARKS} == {
+    assert {name: "".join(prompt(name, row, "qwen2_vl")) for name in BENCHMARKS} == {
         "MME": "Is it?",
         "HallusionBench": "Is it? Please answer yes or no.",
         "RealWorldQA": "Question: Is it?\nOptions:\nA. Yes\nB. No\nE. 5\n"
                        "Please select the correct answer from the options above.",
         **{name: f"Is it?\n{briefly}" for name in WORDS}}
-    no_options = prompt("RealWorldQA", {"question": "Why?"}, "qwen2_vl_text")
+    no_options = prompt("RealWorldQA", {"question": "Why?"}, "qwen2_vl")
     assert no_options == ("Question: Why?", "")
 
 

@@ -48,10 +48,11 @@ from plumbing import runs
 from plumbing.files import BadInput
 from plumbing.media import speak
 from real import checkpoints
-from real.families import BASES, CHATS
+from real.families import BASES, CHATS, OLD_CHATS
 from world.models import build_audio_encoder
 
-FAMILIES = ("qwen2", "llama", "phi3", "qwen2_vl", "untied", "qwen2_5_vl")  # untied: Qwen2-VL
+FAMILIES = ("qwen2", "llama", "phi3", "qwen2_vl", "untied", "qwen2_5_vl",  # untied: Qwen2-VL
+            "internvl3", "internvl3_5")
 SIZES = ((64, 64), (56, 120), (140, 56), (100, 60))
 
 
@@ -88,7 +89,7 @@ def test_prompts_and_logits_are_the_original_codes(original):
 @torch.no_grad()
 def test_greedy_answers_are_the_original_codes(original):
     ollm, samples, reference = original
-    end = ollm.tokenizer.convert_tokens_to_ids(CHATS[ollm.settings["llm"]]["end"])
+    end = ollm.tokenizer.convert_tokens_to_ids(CHATS[ollm.settings["chat"]]["end"])
     for i, sample in enumerate(samples):
         batch = data.collate([sample], ollm.tokenizer, None, ollm.settings, answers=False)
         prefix, query = ollm.encode_prefix(batch), batch["text"]
@@ -283,8 +284,8 @@ def test_prompts_have_the_original_tokenizers_ids(llm, tmp_path):
     else:
         shutil.copytree(os.environ[name], tmp_path, dirs_exist_ok=True)
     cases = reference_prompts()[llm]
-    tokenizer, llm = checkpoints.load_tokenizer(tmp_path), llm.removesuffix("_plain")
-    settings = {"llm": llm, "system": CHATS[llm]["system"], "tokens_per_tile": 1}
+    tokenizer, chat = checkpoints.load_tokenizer(tmp_path), OLD_CHATS[llm.removesuffix("_plain")]
+    settings = {"chat": chat, "system": CHATS[chat]["system"], "tokens_per_tile": 1}
     for case in cases:
         n, answer = case["image_tokens"], case["answer"]
         sample = {"question": case["question"], "answer": answer or ""}
@@ -351,13 +352,19 @@ def test_weights_in_half_precision_leave_rotations_alone(family, tmp_path):
     assert (half.lm_head.weight is half.get_input_embeddings().weight) == tied
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "untied", "qwen2_5_vl"])
-def test_qwen2_vls_weights_are_those_that_transformers_reads(family, tmp_path):
+@pytest.mark.parametrize("spoil", [False, True])
+@pytest.mark.parametrize("family", ["qwen2_vl", "untied", "qwen2_5_vl", "internvl3", "internvl3_5"])
+def test_weights_are_those_that_transformers_reads(family, spoil, tmp_path):
+    """Even if config.json calls a head tied that is not: InternVL3's calls it nothing."""
     folder = build_lvlm_folder(family, tmp_path)
+    if spoil:
+        change_config(folder, tie_word_embeddings=True)
     ours, theirs = OLLM.load(folder).lvlm, AutoModelForImageTextToText.from_pretrained(folder)
     states = ours.state_dict(), theirs.state_dict()
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    tied = ours.lm_head.weight is ours.get_input_embeddings().weight
+    assert tied == family.endswith("_vl") == ours.config.tie_word_embeddings
     buffers = dict(theirs.named_buffers())
     assert all(torch.equal(buffers[name], buffer) for name, buffer in ours.named_buffers())
 
@@ -379,7 +386,6 @@ def change_config(folder, file="config.json", **keys):
     ("qwen2", {"template": "internvl2_5"}, "internvl2_5"),
     ("phi3", {"llm_config__architectures": ["InternLM3ForCausalLM"]}, "InternLM3ForCausalLM"),
     ("phi3", {"vision_config__norm_type": "rms_norm"}, "InternViT-6B"),
-    ("untied", {"tie_word_embeddings": True}, "tied to the embeddings"),
     ("qwen2_vl", {"tie_word_embeddings": False}, "lm_head"),
     ("qwen2_vl", {"model_type": "qwen3_vl"}, "qwen3_vl"),
 ])
@@ -392,7 +398,7 @@ def test_what_would_compute_wrongly_is_refused(family, change, message, tmp_path
 
 
 @pytest.mark.parametrize("spoil, message", [
-    (lambda c: None, "Hermes|chat None"),  # InternVL2.5 and 3, which have another system message
+    (lambda c: None, "chat template .* it writes None"),
     (lambda c: c["text_config"].update(model_type="qwen3", head_dim=8), "q_norm"),
 ])
 def test_internvl_in_transformers_layout_does_not_tell_its_chat(spoil, message, tmp_path):
@@ -455,16 +461,19 @@ def test_a_token_beyond_the_embeddings_is_refused(tmp_path):
 
 
 def test_the_papers_bases_have_its_settings():
-    assert len(BASES) == 7
+    assert len(BASES) == 9
     for name, (lvlm, clips) in BASES.items():
         preset = train.PRESETS[name]
-        assert lvlm.split("/")[1].lower().startswith(name) and preset["lvlm"] == lvlm
+        assert lvlm.split("/")[1].lower().replace("_", ".").startswith(name)
+        assert preset["lvlm"] == lvlm
         assert preset["audio-text"] == {"lr": 4e-5, "global_batch": 128, "micro_batch": clips}
         assert preset["vision-audio"] == {"lr": 4e-5, "global_batch": 64, "micro_batch": 8}
         assert 16 % clips == 0, "eight GPUs have 16 clips a step each"
 
+
 PRESETS = {"llama": "internvl2-2b", "phi3": "internvl2-4b", "qwen2_vl": "qwen2-vl-2b",
-           "untied": "qwen2-vl-7b", "qwen2_5_vl": "qwen2.5-vl-3b"}
+           "untied": "qwen2-vl-7b", "qwen2_5_vl": "qwen2.5-vl-3b",
+           "internvl3": "internvl3-1b", "internvl3_5": "internvl3.5-1b"}
 FEW = ("--device", "cpu", "--global-batch", 4, "--micro-batch", 2, "--max-steps", 2)
 
 
@@ -483,7 +492,7 @@ def align(family, world, folder):
     return flags, lvlm, folder / f"runs/{PRESETS[family]}/audio-text-s0"
 
 
-@pytest.mark.parametrize("family", ["llama", "phi3", "qwen2_vl"])
+@pytest.mark.parametrize("family", ["llama", "phi3", "qwen2_vl", "internvl3", "internvl3_5"])
 def test_a_published_checkpoint_is_trained_and_evaluated(family, world, tmp_path):
     flags, lvlm, aligned = align(family, world, tmp_path)
     trained = tmp_path / "trained"

@@ -156,7 +156,8 @@ def prompt_references():
 
 def our_prompt(tokenizer, question, tiles, answer, tokens_per_tile):
     """Returns (ids, labels) as `collate` makes them, prefix and query joined."""
-    settings = {"llm": "qwen2", "system": INTERNVL2["system"], "tokens_per_tile": tokens_per_tile}
+    settings = {"chat": "Hermes-2", "system": INTERNVL2["system"],
+                "tokens_per_tile": tokens_per_tile}
     sample = {"question": question, "answer": answer or ""}
     if tiles:
         sample["pixels"] = {"pixel_values": torch.zeros(tiles[0], 1, 1, 1)}
