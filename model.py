@@ -35,7 +35,7 @@ from plumbing.files import BadInput, at
 from plumbing.prepared import how_asked
 from plumbing.processes import half_precision, to_device
 from real.checkpoints import empty_audio_encoder, load_audio_encoder, load_lvlm, load_tokenizer
-from real.families import CHATS, OLD_CHATS, lvlm_settings, prefix_positions
+from real.families import CHATS, prefix_positions, prompt_settings
 from world.models import build_audio_encoder, build_lvlm
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -307,9 +307,7 @@ class OLLM(nn.Module):
 
             # The LVLM, from the base.
             lvlm = load_lvlm(base, device=device)
-            settings = info["settings"] or lvlm_settings(lvlm)
-            if "llm" in settings:  # written by an earlier version
-                settings["chat"] = OLD_CHATS[settings.pop("llm")]
+            settings = prompt_settings(lvlm, info["settings"])
             tokenizer = load_tokenizer(base, lvlm.config.text_config, settings["chat"])
             if base == run:
                 return cls(lvlm, tokenizer, settings, base).requires_grad_(False).move_to(device)

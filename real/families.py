@@ -79,6 +79,15 @@ def lvlm_settings(lvlm):
                        "tokens_per_tile": lvlm.config.image_seq_length}
 
 
+def prompt_settings(lvlm, stored):
+    """Returns the settings that a run keeps in its ollm.json; of None, those of its LVLM."""
+    if stored is None:
+        return lvlm_settings(lvlm)
+    if "llm" in stored:  # written by an earlier version
+        stored["chat"] = OLD_CHATS[stored.pop("llm")]
+    return stored
+
+
 def prompt_ids(tokenizer, settings, image_tokens, questions):
     """Returns the LVLM's chat prompt as token ids in three parts: (prefixes, questions, turn).
 
