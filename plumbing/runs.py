@@ -158,7 +158,8 @@ def read_answers(run):
 
 def fetch(path):
     """Returns the folder of a model: `path` itself, or the hub's copy, downloaded if need be."""
-    if Path(path, "config.json").exists() or Path(path, "ollm.json").exists():
+    files = ("config.json", "ollm.json", "adapter_config.json")
+    if any(Path(path, file).exists() for file in files):
         return Path(path)
     wanted = ["*.json", "*.txt", "chat_template.jinja", "tokenizer.model", "model.safetensors",
               "model-*.safetensors"]  # no code, no pickle

@@ -277,13 +277,32 @@ def check_chat(tokenizer, llm, name):
 def load_audio_encoder(path):
     """Returns (encoder, feature extractor) of a Whisper of any size; its decoder is left out.
 
-    A run that trained one is such a Whisper, too.
+    Names are taken as in WhisperForConditionalGeneration (model.encoder.conv1.weight), WhisperModel
+    (encoder.conv1.weight) and WhisperEncoder (conv1.weight), also with PEFT's before them. Raises
+    BadInput if the folder has no encoder under such names, or none in safetensors. A run that
+    trained an encoder is such a folder, too.
     """
     encoder, extractor = empty_audio_encoder(path)
-    starts = re.compile(r"^(model\.encoder|audio_encoder)\.")
-    state = {starts.sub("", name): tensor for name, tensor in stored_tensors(fetch(path))
-             if starts.match(name)}
-    with at(path):
+    folder = fetch(path)
+    if not list(folder.glob("model*.safetensors")):
+        raise BadInput(f"{folder}: no model.safetensors. A pytorch_model.bin, a pickle, is not "
+                       "read; to convert it: python -c \"from transformers import WhisperModel as "
+                       f"W; W.from_pretrained('{path}').save_pretrained('{path}')\"")
+
+    # What stands before the first convolution's name stands before all of the encoder's.
+    tensors = dict(stored_tensors(folder))
+    first = next((name for name in tensors if name.endswith("conv1.weight")), "")
+    start = first.removesuffix("conv1.weight")
+    state = {name.removeprefix(start): tensor for name, tensor in tensors.items()
+             if name.startswith(start)}
+
+    wrong = sorted(encoder.state_dict().keys() ^ state.keys())
+    if wrong:
+        found = sorted({".".join(name.split(".")[:2]) for name in tensors})
+        raise BadInput(f"{folder}/model*.safetensors: not Whisper's encoder as transformers names "
+                       f"it: {start}{wrong[0]} and {len(wrong) - 1} more are missing or unknown; "
+                       f"its names begin with {', '.join(found[:6])}")
+    with at(f"{folder}/model*.safetensors"):
         encoder.load_state_dict(state)
     return encoder, extractor
 
@@ -291,19 +310,27 @@ def load_audio_encoder(path):
 def empty_audio_encoder(path):
     """Returns (encoder, feature extractor) as a folder's config.json says, without weights."""
     folder = fetch(path)
+    if (folder / "adapter_config.json").exists():
+        raise BadInput(f"{folder}: an adapter (LoRA) is not read: name the folder of the model "
+                       "that it is merged into (PEFT's merge_and_unload, then save_pretrained)")
     config = read_json(folder / "config.json")
     with at(folder / "config.json"), no_init_weights():
         if config["model_type"] != "whisper":
             raise BadInput("not a Whisper")
         encoder = WhisperEncoder(WhisperConfig.from_pretrained(folder))
 
-    # All Whispers have the same front end, but for the number of mel bins.
+    # All Whispers have the same front end, but for the number of mel bins. A folder that tells of
+    # it must say the same.
     extractor = WhisperFeatureExtractor(feature_size=encoder.config.num_mel_bins)
     path = folder / "preprocessor_config.json"
-    with at(path):
-        stored = read_json(path)
-        for key in ("feature_size", "sampling_rate", "hop_length", "n_fft"):
-            if stored[key] != getattr(extractor, key):
-                raise BadInput(f"not Whisper's: {key} is {stored[key]}, not "
-                               f"{getattr(extractor, key)}")
+    if not path.exists():
+        path = folder / "processor_config.json"  # transformers 5's WhisperProcessor has it in there
+    if path.exists():
+        with at(path):
+            stored = read_json(path)
+            stored = stored.get("feature_extractor", stored)
+            for key in ("feature_size", "sampling_rate", "hop_length", "n_fft"):
+                if stored[key] != getattr(extractor, key):
+                    raise BadInput(f"not Whisper's: {key} is {stored[key]}, not "
+                                   f"{getattr(extractor, key)}")
     return encoder, extractor
