@@ -52,6 +52,9 @@ PRESETS = {
         "vision-text": {"muon": True, "lr": 2e-3, "global_batch": 12, "micro_batch": 12},
         "audio-text": {"muon": True, "lr": 3e-3, "global_batch": 8, "micro_batch": 8},
         "vision-audio": {"lr": 1e-3, "global_batch": 8, "micro_batch": 8},
+        # A real Whisper hears already: AdamW, small steps, and a fifth of the clips is enough.
+        "audio-text --whisper": {"lr": 3e-4, "global_batch": 8, "micro_batch": 8, "samples": 2400},
+        "vision-audio --whisper": {"lr": 3e-4, "global_batch": 8, "micro_batch": 8},
     },
     # The paper's base models and others. Rates and batches are Appendix A's, micro-batches ours.
     **{name: {
@@ -84,7 +87,8 @@ def parse_arguments():
     # Where things lie
     add("--data", nargs="+", help="prepared folders (default: the built-in world's)")
     add("--init", help="run to start from; for audio-text also an LVLM's folder or hub id")
-    add("--whisper", help="folder or hub id of the Whisper that audio-text starts from")
+    add("--whisper", help="folder or hub id of the Whisper that audio-text starts from "
+        "(default: the preset's; the built-in world has a tiny one without weights)")
     add("--out", help="run folder that the stage leaves")
     # Optimization (default: the preset's)
     add("--lr", type=float, help="peak learning rate")
@@ -101,10 +105,11 @@ def parse_arguments():
     args = parser.parse_args()
     if args.stage not in PRESETS[args.preset]:
         parser.error(f"the preset {args.preset} has no stage {args.stage}: its LVLM comes trained")
-    if args.stage == "vision-text" and args.init:
-        parser.error("the stage vision-text starts from nothing, not from --init")
+    if args.stage == "vision-text" and (args.init or args.whisper):
+        parser.error("the stage vision-text starts from nothing: no --init, no --whisper")
     if not (0 <= args.alpha <= 1 and 0 <= args.on_policy <= 1):
         parser.error(f"--alpha and --on-policy lie between 0 and 1: {args.alpha}, {args.on_policy}")
+    runs.check_whisper(args)
     return args
 
 
@@ -124,13 +129,15 @@ def stages_to_train(args):
 def configure(args, stage):
     """Returns all that a stage's numbers depend on, as one dict, and the folder of its run."""
     preset, stages = PRESETS[args.preset], stages_of(args.preset)
+    settings = preset.get(f"{stage} --whisper" if args.whisper else stage, preset[stage])
     out = runs.folder(args, stage)
     config = {
         "stage": stage, "seed": args.seed, "alpha": 0.0, "temperature": 1.0, "on_policy": 0.0,
         "data": [f"runs/{args.preset}/data-s{args.seed}/{stage}"],
-        "init": preset["lvlm"], "whisper": preset["whisper"],
+        "init": preset["lvlm"],
+        "whisper": (args.whisper or preset["whisper"]) if stage == "audio-text" else None,
         "train": args.train if stage != "vision-text" else "lvlm",
-        "max_steps": None, "muon": False, **preset[stage],
+        "samples": None, "max_steps": None, "muon": False, **settings,
         "max_tiles": args.max_tiles, "audio_seconds": args.audio_seconds,
     }
     if stage != stages[0]:
@@ -144,7 +151,8 @@ def configure(args, stage):
     # Most of the command line is meant for the stage that it names, not for those before it.
     if stage == args.stage:
         out = args.out or out
-        for key in ("data", "init", "whisper", "lr", "global_batch", "micro_batch", "max_steps"):
+        config["samples"] = None if args.data else config["samples"]
+        for key in ("data", "init", "lr", "global_batch", "micro_batch", "max_steps"):
             if getattr(args, key) is not None:
                 config[key] = getattr(args, key)
     return config, Path(out)
@@ -160,7 +168,7 @@ def make_epoch(config, ollm, rank=0, world_size=1):
                                 mel_extractor=ollm.mel_extractor, settings=ollm.settings)
 
     # Each sample is a group of its own, but in the built-in base's lessons.
-    order = [[i] for i in range(len(samples))]
+    order = [[i] for i in range(len(samples))[: config["samples"]]]
     random.Random(config["seed"]).shuffle(order)
     if config["stage"] == "vision-text":
         order, collate = lessons(samples.rows, collate, config["seed"])
@@ -300,10 +308,11 @@ def main():
     # A default run ends with the table, and with what to try next.
     is_default = not (args.out or args.data or args.init or args.max_steps)
     if args.preset == "shapes" and stage == "vision-audio" and is_default:
+        chain = ["--seed", str(args.seed), *(["--whisper", args.whisper] if args.whisper else [])]
         if rank == 0:
-            processes.run_script("eval.py", "--seed", args.seed)
+            processes.run_script("eval.py", *chain)
         print0("\nNext, the same start with another loss:\n    torchrun train.py --alpha "
-               f"{0 if args.alpha else 0.75:g} --seed {args.seed}")
+               f"{0 if args.alpha else 0.75:g} {' '.join(chain)}")
     else:
         asked = ""
         if args.preset != "shapes":

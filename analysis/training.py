@@ -51,7 +51,7 @@ def main():
     args = runs.arguments(__doc__).parse_args()
     paths = args.runs
     if not paths:
-        paths = runs.default_runs(args.preset, args.seed)
+        paths = runs.default_runs(args)
         last = runs.about(paths[-1])["training"]["stage"]
         paths = [run for run in paths if runs.about(run)["training"]["stage"] == last]
     draw_logs(paths, Path(args.out) / "training.png")

@@ -17,12 +17,28 @@ from plumbing.processes import default_device
 
 def folder(args, stage):
     """Returns the folder where a stage's run lies by default."""
-    variant = ""
+    variant, chain = "", args.preset
     if stage == "vision-audio":
         variant = f"-a{args.alpha:g}" + (f"-p{args.on_policy:g}" if args.on_policy else "")
-    if stage != "vision-text" and args.train == "projector":
+    if stage != "vision-text" and getattr(args, "train", "audio") == "projector":
         variant += "-projector"
-    return Path("runs") / args.preset / f"{stage}{variant}-s{args.seed}"
+
+    # In the built-in world, what listens through a real Whisper lies apart. The base is shared.
+    if args.preset == "shapes" and args.whisper and stage != "vision-text":
+        chain += f"-{Path(args.whisper).name}"
+    return Path("runs") / chain / f"{stage}{variant}-s{args.seed}"
+
+
+def check_whisper(args):
+    """Raises BadInput if --whisper is not what the run to start from was aligned from."""
+    aligned, start = folder(args, "audio-text"), args.init
+    if args.stage == "vision-audio" and not start and finished(aligned):
+        start = aligned
+    if args.whisper and start and about(start)["base"] is not None:
+        before = about(start)["training"].get("whisper") or "another encoder"
+        if Path(before) != Path(args.whisper):
+            raise BadInput(f"{start}: hears already, through {before}. --whisper is where an "
+                           f"alignment starts, and this command trains none from {args.whisper}")
 
 
 def finished(run):
@@ -181,21 +197,21 @@ def fingerprint(path):
 # ---- several runs --------------------------------------------------------------------------------
 
 
-def default_runs(preset, seed):
-    """Returns the runs of a preset and seed: base, after alignment, every alpha found."""
-    parent = Path("runs") / preset
-    runs = [parent / f"vision-text-s{seed}", parent / f"audio-text-s{seed}",
-            *sorted(parent.glob(f"vision-audio-a*-s{seed}"), key=lambda path: path.name)]
+def default_runs(args):
+    """Returns the runs of --preset, --seed and --whisper: base, aligned, every alpha found."""
+    base, aligned = folder(args, "vision-text"), folder(args, "audio-text")
+    trained = aligned.parent.glob(f"vision-audio-a*-s{args.seed}")
+    runs = [base, aligned, *sorted(trained, key=lambda path: path.name)]
     runs = [run for run in runs if finished(run)]
     if not runs:
-        raise BadInput(f"{parent}: no finished run of seed {seed}; "
-                       f"`torchrun train.py --seed {seed}` makes one")
+        raise BadInput(f"{aligned.parent}: no finished run of seed {args.seed}; "
+                       f"`torchrun train.py --seed {args.seed}` makes one")
     return runs
 
 
 def asked_for(args):
     """Returns the runs that a command names, or else those of its --preset and --seed."""
-    return args.runs or default_runs(args.preset, args.seed)
+    return args.runs or default_runs(args)
 
 
 def listening_runs(args):
@@ -228,6 +244,7 @@ def arguments(description):
     add("runs", nargs="*", help="run folders (default: the chain of --preset and --seed)")
     add("--preset", default="shapes", help="whose runs, if none are named")
     add("--seed", type=int, default=0, help="whose runs, if none are named")
+    add("--whisper", help="train.py's, whose runs, if none are named")
     add("--data", help="prepared folder of questions (default: the test part of each run's seed)")
     add("--n", type=int, help="take only the first so many questions")
     add("--out", default="runs/report", help="folder for tables and pictures")

@@ -7,11 +7,12 @@ import json
 import os
 import shlex
 import shutil
+import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import build_whisper
+from conftest import build_ollm, build_whisper, contents, run_here
 from safetensors.torch import load_file, save_file
 from transformers import (
     WhisperForConditionalGeneration,
@@ -21,7 +22,9 @@ from transformers import (
 )
 
 import data
+import train
 from model import OLLM
+from plumbing import runs
 from plumbing.files import BadInput
 from plumbing.media import speak
 from real.checkpoints import load_audio_encoder
@@ -130,6 +133,98 @@ def test_the_processor_of_transformers_5_tells_of_the_front_end(whisper, tmp_pat
         load_audio_encoder(folder)
     path.unlink()
     assert same_encoder(folder, whisper), "its config.json tells the number of mel bins"
+
+
+# ---- the built-in world, heard through one -------------------------------------------------------
+
+
+@pytest.fixture
+def here(world, start, whisper, tmp_path):
+    """A folder with the built-in world's data, its base, and what listens by its own encoder."""
+    shutil.copytree(world, tmp_path / "runs/shapes/data-s0")
+    for name, run in (("vision-text-s0", "base"), ("audio-text-s0", "audio")):
+        shutil.copytree(start / run, tmp_path / "runs/shapes" / name)
+    about = tmp_path / "runs/shapes/audio-text-s0/ollm.json"
+    about.write_text(about.read_text().replace('"../base"', '"../vision-text-s0"'))
+    shutil.copytree(whisper, tmp_path / "models/whisper-tiny")
+    return tmp_path
+
+
+def training(run):
+    return json.loads((run / "ollm.json").read_text())["training"]
+
+
+def test_a_real_whisper_has_a_chain_of_its_own(here, capfd):
+    shapes, chain = here / "runs/shapes", here / "runs/shapes-whisper-tiny"
+    before = contents(shapes)
+    done = run_here("train.py", "--whisper", "models/whisper-tiny", cwd=here)
+    assert done.returncode == 0, done.stderr
+    table = capfd.readouterr().out  # its child's
+    assert all(text in table for text in (" text |", "aligned, audio", "KD 0.75, gap"))
+    assert (done.stdout.splitlines()[-1].strip()
+            == "torchrun train.py --alpha 0 --seed 0 --whisper models/whisper-tiny")
+    after = contents(shapes)
+    assert {name: after[name] for name in before} == before, "the base is shared, the rest apart"
+    assert after.keys() - before.keys() == {"vision-text-s0/answers-mean.jsonl"}
+
+    # Each run says what it was made of.
+    assert {path.name for path in chain.iterdir()} == {"audio-text-s0", "vision-audio-a0.75-s0"}
+    aligned, last = training(chain / "audio-text-s0"), training(chain / "vision-audio-a0.75-s0")
+    said = {key: aligned[key] for key in ("whisper", "init", "muon", "lr", "samples")}
+    assert said == {"whisper": "models/whisper-tiny", "init": "runs/shapes/vision-text-s0",
+                    "muon": False, "lr": 3e-4, "samples": 2400}
+    assert last["whisper"] is None and last["init"] == "runs/shapes-whisper-tiny/audio-text-s0"
+    assert runs.base_of(chain / "vision-audio-a0.75-s0") == shapes / "vision-text-s0"
+    encoder = load_audio_encoder(chain / "vision-audio-a0.75-s0")[0]
+    assert encoder.config.num_mel_bins == 128 and encoder.config.d_model == 32
+
+    # The other loss starts from the same alignment; scripts find this chain, or the built-in one.
+    sft = run_here("train.py", "--whisper", "models/whisper-tiny", "--alpha", 0,
+                   "--max-steps", 1, cwd=here)
+    assert sft.returncode == 0 and "audio-text:" not in sft.stdout + sft.stderr, sft.stderr
+    table = run_here("eval.py", "--whisper", "models/whisper-tiny", cwd=here)
+    assert table.returncode == 0 and "KD 0.75 - SFT, spoken: " in table.stdout, table.stderr
+    own = run_here("eval.py", cwd=here)
+    assert "aligned, audio" in own.stdout and "KD 0.75" not in own.stdout
+
+
+@pytest.mark.parametrize("options, told", [
+    ("--stage vision-text", "starts from nothing"),
+    ("--init runs/shapes/audio-text-s0", "runs/shapes/audio-text-s0: hears already"),
+    ("--stage audio-text --init runs/shapes/audio-text-s0 --out runs/on", "hears already"),
+    ("--alpha 0.5", "runs/shapes-whisper-tiny/audio-text-s0: hears already, through other/"),
+    ("--stage audio-text", "whisper is other/whisper-tiny there and models/whisper-tiny here"),
+    ("--preset internvl2-1b", "runs/internvl2-1b/audio-text-s0: hears already, through other/"),
+    ("--whisper nowhere", "nowhere"),
+])
+def test_a_whisper_that_no_alignment_starts_from_is_refused(here, options, told):
+    """It was ignored, and written into the run's config."""
+    for chain in ("shapes-whisper-tiny", "internvl2-1b"):
+        run = here / "runs" / chain / "audio-text-s0"
+        shutil.copytree(here / "runs/shapes/audio-text-s0", run)
+        about = json.loads((run / "ollm.json").read_text())
+        about["training"]["whisper"] = "other/whisper-tiny"
+        (run / "ollm.json").write_text(json.dumps(about))
+    before = contents(here / "runs")
+    done = run_here("train.py", "--whisper", "models/whisper-tiny", *options.split(), cwd=here)
+    assert done.returncode in (1, 2) and told in done.stderr.splitlines()[-1], done.stderr
+    assert done.returncode == 2 or done.stderr.count("\n") == 1
+    after = contents(here / "runs")
+    assert {name for name in after if after[name] != before.get(name, b"")} == set()
+
+
+def test_of_the_built_in_clips_a_part_is_taken_and_of_others_all(here, monkeypatch):
+    monkeypatch.chdir(here)
+    command = ["train.py", "--stage", "audio-text", "--whisper", "models/whisper-tiny"]
+    for options, samples in (([], 2400), (["--data", "runs/shapes/data-s0/audio-text"], None)):
+        monkeypatch.setattr(sys, "argv", command + options)
+        config, _ = train.configure(train.parse_arguments(), "audio-text")
+        assert config["samples"] == samples
+
+    ollm = build_ollm(torch.float32)
+    assert len(train.make_epoch(config, ollm).order) == 40
+    first = train.make_epoch({**config, "samples": 12}, ollm)
+    assert sorted(first.order) == [[i] for i in range(12)] and len(first) == 2
 
 
 # ---- a real one ----------------------------------------------------------------------------------
