@@ -125,7 +125,7 @@ def table_rows(path, needed=(), errors="strict", **options):
             header = next(lines, [])
             lacking = [name for name in needed if name not in header]
             if lacking or not header or len(set(header)) < len(header):
-                raise BadInput(f"no such table: no column {', '.join(lacking)}, or one twice")
+                raise BadInput(f"must name the columns {', '.join(needed)}, and none twice")
 
         while True:
             where = f"{path}:{lines.line_num + 1}"

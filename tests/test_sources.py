@@ -245,6 +245,40 @@ def test_manifests(tmp_path):
     assert np.corrcoef(whole[2200:5800], part[200:3800])[0, 1] > 0.99
 
 
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_a_byte_order_mark_hides_no_column(tmp_path, mark):
+    """The first column, start, was called "\ufeffstart": every clip began at second 0."""
+    wave = np.random.default_rng(0).normal(0, 0.1, 32_000)
+    soundfile.write(tmp_path / "a.wav", wave, 16_000, subtype="FLOAT")
+    table = f"{mark}start\taudio\ttext\tseconds\n1.25\ta.wav\tred\t0.5\n"
+    (tmp_path / "a.tsv").write_text(table, encoding="utf-8")
+    done = run_here("data.py", "manifest", "--manifest", "a.tsv", "--root", ".", "--out", "out",
+                    cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    clip = data.load_audio(tmp_path / "out/audio/00000000.flac")
+    np.testing.assert_allclose(clip, wave[20_000:28_000], atol=1e-4)
+
+
+def test_a_byte_order_mark_in_json(llava, tmp_path):
+    path = tmp_path / "mix.json"
+    path.write_text("\ufeff" + path.read_text(), encoding="utf-8")
+    done = run_here(*llava, "--tts", "espeak", "--n", 3, "--out", tmp_path / "out", cwd=tmp_path)
+    assert done.returncode == 0 and "2 samples; 9" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("command", ["commonvoice", "manifest"])
+@pytest.mark.parametrize("last", ["0.wav\n", "0.wav", "0.wav\tgo\t2\t3\n"])
+def test_a_row_that_is_cut_short_is_one_line_with_its_number(tmp_path, command, last):
+    """61 lines of traceback. Blank lines count, too."""
+    arguments, header = {
+        "commonvoice": (("--tsv", "x.tsv", "--clips", "."), "path\tsentence\tup_votes"),
+        "manifest": (("--manifest", "x.tsv", "--root", "."), "audio\ttext\tid")}[command]
+    (tmp_path / "x.tsv").write_text(f"{header}\n0.wav\tgo\t2\n\n{last}")
+    done = run_here("data.py", command, *arguments, "--out", "out", cwd=tmp_path)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("error: x.tsv:4: ") and "cells" in done.stderr
+
+
 LETTER = "Answer with the option's letter from the given choices directly."
 
 
