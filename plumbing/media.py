@@ -4,6 +4,7 @@ import _ctypes
 import ctypes
 import functools
 import math
+import re
 import warnings
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from plumbing.files import BadInput, at, written_whole
 
 SAMPLE_RATE = 16_000  # Hz, what Whisper hears
 MAX_SECONDS = 30  # Whisper has positions for no more
+TOLERANCE = 0.1  # seconds, by which a recording may be shorter than told
+SOUNDS = "WAV", "WAVEX", "RF64", "W64", "AIFF", "AU", "CAF", "FLAC", "OGG", "MP3"  # tell their end
 PICTURES = "PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF"  # no format whose reader starts a program
 
 # Voices of espeak-ng, "accent+variant". Runs are evaluated with variants that no training uses.
@@ -45,21 +48,61 @@ def load_audio(path, start=0.0, seconds=None):
     """Returns a recording as 16 kHz mono float32 (samples,), whatever its format and rate.
 
     start, seconds: which stretch of it, in seconds; None is to its end
-    Raises BadInput if it cannot be read, has no sound, or lasts longer than Whisper can hear.
+    Raises BadInput if it cannot be read, is cut off, has no such stretch or no sound in it, or if
+    the stretch is longer than Whisper can hear.
     """
     with at(f"cannot read the audio {path}"), soundfile.SoundFile(path) as file:
-        first = min(start * file.samplerate, file.frames)
-        rest = file.frames - first
-        count = rest if seconds is None else min(seconds * file.samplerate, rest)
+        rate, length = file.samplerate, file.frames / file.samplerate
+        if file.format not in SOUNDS or length > 1e9:
+            raise BadInput(f"a {file.format} that does not tell its length: convert it to WAV")
+        if seconds is None:
+            check_whole(file.extra_info, length)
+            seconds = length - start
+        if not (start >= 0 and 0 < seconds <= length - start + TOLERANCE):
+            raise BadInput(f"it lasts {length:.1f} s, and has no {seconds:g} s from {start:g} s on")
         # Asked before anything is read: a wrong header may claim gigabytes.
-        if count > MAX_SECONDS * file.samplerate:
-            raise BadInput(f"it lasts {count / file.samplerate:.1f} s, Whisper hears {MAX_SECONDS}")
+        count = round(seconds * rate)
+        if count > MAX_SECONDS * rate:
+            raise BadInput(f"it lasts {seconds:.1f} s, Whisper hears {MAX_SECONDS}")
 
-        file.seek(round(first))
-        wave = file.read(round(count), dtype="float32", always_2d=True).mean(axis=1)  # (samples,)
-        if not len(wave) or not np.isfinite(wave).all():
-            raise BadInput("it has no samples, or samples that are not numbers")
-        return resample(wave, file.samplerate)
+        if start:
+            file.seek(round(start * rate))
+        wave = file.read(count, dtype="float32", always_2d=True)  # (samples, channels)
+        if len(wave) < count - TOLERANCE * rate:
+            raise BadInput(f"it is cut off: {len(wave) / rate:.1f} s of {seconds:.1f} can be read")
+        return resample(mix(wave), rate)
+
+
+def check_whole(header, length):
+    """Raises BadInput if a file ends long before its header says; header: libsndfile's notes on it.
+
+    length: seconds that are there. About 2^31 or 2^32 bytes mean that the writer did not know.
+    """
+    for told, real in re.findall(r": *(\d+) \(should be (\d+)\)", header):  # in bytes
+        lost = length * (int(told) / max(1, int(real)) - 1)  # seconds
+        if lost > TOLERANCE and int(told) < 2**31 - 2**16:
+            raise BadInput(f"it is cut off: {lost:.1f} s are missing")
+    if re.search("lacks an end-of-stream bit|Junk after the last page", header):  # of an Ogg
+        raise BadInput("it is cut off: its last page is not whole")
+
+
+def mix(wave):
+    """Returns the mean of channels (samples, channels) as (samples,). Raises BadInput for noise."""
+    loudest = np.abs(wave).max(initial=0)
+    if not (len(wave) and loudest < 2):  # full scale is 1; compressed speech may go beyond
+        raise BadInput(f"it has no samples, or some that are no sound's, such as {loudest:g}")
+    mono = wave.mean(axis=1)
+    if np.abs(mono).max() < loudest / 100:
+        raise BadInput("its channels cancel each other")
+    return mono
+
+
+def load_speech(path, start=0.0, seconds=None):
+    """Returns what `load_audio` does; raises BadInput for silence, too."""
+    wave = load_audio(path, start, seconds)
+    if np.ptp(wave) < 1e-3:  # 16 bits have 33 steps there
+        raise BadInput(f"cannot use the audio {path}: it is silent")
+    return wave
 
 
 @functools.cache

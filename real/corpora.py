@@ -22,7 +22,7 @@ from pathlib import Path
 import torchaudio
 
 from plumbing.files import BadInput, at, json_lines, read_json, table_rows, written_whole
-from plumbing.media import load_audio, load_image, save_sound
+from plumbing.media import load_image, load_speech, save_sound
 from plumbing.prepared import attempt, check_inside, in_parallel, pick, prepare, write
 from real.speech import LONGEST_QUESTION, SILENT, add_voice_arguments, speak_all, spoken_text
 
@@ -163,14 +163,12 @@ def manifest_tasks(args):
     """
     for i, (where, row) in enumerate(read_table(args.manifest)):
         with at(where):
-            start = float(row.get("start") or 0)
-            seconds = float(row["seconds"]) if row.get("seconds") else None
-            if not 0 <= start + (seconds or 0) < float("inf") or start < 0:
-                raise BadInput("start and seconds must be numbers from 0 on")
+            start, seconds = (None if row.get(key) in (None, "") else float(row[key])
+                              for key in ("start", "seconds"))
             name = str(row.get("id") or f"{i:08}").replace("/", "_")
             if not isinstance(row["text"], str):
                 raise BadInput("text must be a text")
-            task = name, Path(args.root) / row["audio"], row["text"], start, seconds
+            task = name, Path(args.root) / row["audio"], row["text"], start or 0, seconds
         yield task
 
 
@@ -188,7 +186,7 @@ def take_clip(name, recording, transcript, *stretch, folder):
     path = folder / "audio" / f"{name}.flac"
     with at("the recording cannot be used"):
         if not path.exists():
-            save_sound(path, load_audio(recording, *stretch))
+            save_sound(path, load_speech(recording, *stretch))
     return {"id": name, "audio": f"audio/{name}.flac", "answer": answer}
 
 
