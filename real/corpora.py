@@ -115,6 +115,19 @@ def make_llava(args):
 # ---- ASR corpora ---------------------------------------------------------------------------------
 # Each function yields tasks (id, recording, transcript), and perhaps start and length in seconds.
 
+# What a manifest's columns are called by us, NeMo, Hugging Face and others.
+COLUMNS = {
+    "id": "id",
+    "audio": "audio|audio_filepath|audio_path|path|file|file_name|wav",
+    "text": "text|sentence|transcript|transcription",
+    "start": "start|offset|begin|start_time",
+    "end": "end|stop|end_time",
+    "seconds": "seconds|duration",
+}
+# Another one is ignored, unless its name may say which part of the recording is meant.
+PART = re.compile("start|begin|offset|durat|channel|frames|samples|segment|speed|tempo"
+                  "|(?<![a-z])((end|stop|dur|time|sec|len)|(ms|from|to)(?![a-z]))")
+
 TAGS = re.compile(r"(?i)<(comma|period|questionmark|exclamationpoint)>")  # GigaSpeech's punctuation
 
 
@@ -156,20 +169,36 @@ def commonvoice_tasks(args):
 
 
 def manifest_tasks(args):
-    """Yields the rows of a TSV or JSONL: audio (below --root), text, perhaps id, start, seconds.
-
-    A Lhotse cut becomes such a row by its recording's source, its own id, start and duration, and
-    its supervision's text (GigaSpeech) or custom.texts[0] (Libriheavy).
-    """
+    """Yields the rows of a TSV or JSONL: audio (below --root), text, perhaps id and a stretch."""
     for i, (where, row) in enumerate(read_table(args.manifest)):
         with at(where):
-            start, seconds = (None if row.get(key) in (None, "") else float(row[key])
-                              for key in ("start", "seconds"))
-            name = str(row.get("id") or f"{i:08}").replace("/", "_")
+            row = our_names(row)
+            name = str(row.get("id", f"{i:08}")).replace("/", "_")
+            start, end, seconds = (float(str(row[key])) if key in row else None
+                                   for key in ("start", "end", "seconds"))
+            start = start or 0.0
+            if end is not None:
+                if seconds is not None and not abs(end - start - seconds) < 0.1:
+                    raise BadInput("start, end and seconds do not agree")
+                seconds = end - start
             if not isinstance(row["text"], str):
                 raise BadInput("text must be a text")
-            task = name, Path(args.root) / row["audio"], row["text"], start or 0, seconds
+            task = name, Path(args.root) / row["audio"], row["text"], start, seconds
         yield task
+
+
+def our_names(row):
+    """Returns the cells of a manifest's row that are not empty, {our name of the column: cell}."""
+    known = {}
+    for column, cell in row.items():
+        theirs = column.strip().lower()
+        ours = [name for name, usual in COLUMNS.items() if re.fullmatch(usual, theirs)]
+        if cell in ("", None) or not ours and not PART.search(theirs):
+            continue
+        if not ours or ours[0] in known:
+            raise BadInput(f"the column {column!r} is not known, or another says the same")
+        known[ours[0]] = cell
+    return known
 
 
 def read_table(path):

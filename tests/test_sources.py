@@ -279,6 +279,67 @@ def test_a_row_that_is_cut_short_is_one_line_with_its_number(tmp_path, command, 
     assert done.stderr.startswith("error: x.tsv:4: ") and "cells" in done.stderr
 
 
+def manifest(folder, rows, header=None):
+    """Runs `data.py manifest` on rows, as .jsonl, or as a .tsv with the header's columns."""
+    shutil.rmtree(folder / "out", ignore_errors=True)
+    name = "x.tsv" if header else "x.jsonl"
+    if header:
+        lines = [header, *(["" if row.get(key) is None else str(row[key]) for key in header]
+                           for row in rows)]
+        (folder / name).write_text("".join("\t".join(line) + "\n" for line in lines))
+    else:
+        write_json_lines(folder / name, rows)
+    return run_here("data.py", "manifest", "--manifest", name, "--root", ".", "--out", "out",
+                    cwd=folder)
+
+
+@pytest.fixture
+def ten_seconds(tmp_path):
+    """A recording, x.wav, of ten seconds of noise; returns it."""
+    wave = np.random.default_rng(0).normal(0, 0.1, 160_000)
+    soundfile.write(tmp_path / "x.wav", wave, 16_000, subtype="FLOAT")
+    return wave
+
+
+@pytest.mark.parametrize("form", ["jsonl", "tsv"])
+@pytest.mark.parametrize("row, start, seconds", [
+    ({"audio": "x.wav", "text": "go"}, 0, 10),
+    ({"audio": "x.wav", "text": "go", "start": 2, "end": 3.5}, 2, 1.5),
+    ({"audio": "x.wav", "text": "go", "end": 1.5}, 0, 1.5),
+    ({"audio": "x.wav", "text": "go", "duration": 1.5}, 0, 1.5),
+    ({"audio_filepath": "x.wav", "text": "go", "offset": 2, "duration": 1.5, "lang": "en"}, 2, 1.5),
+    ({"path": "x.wav", "sentence": "go", "gender": "f", "sentiment": 3, "up_votes": 2}, 0, 10),
+    ({"file_name": "x.wav", "transcription": "go", "sampling_rate": 16_000}, 0, 10),
+    ({" Audio": "x.wav", "TEXT": "go", "Start": 4, "Seconds ": 2, "speaker": "end"}, 4, 2),
+    ({"audio": "x.wav", "text": "go", "start": 2, "end": 3.5, "duration": 1.51}, 2, 1.5),
+    ({"audio": "x.wav", "text": "go", "seconds": 2, "duration": None, "channel": None}, 0, 2)])
+def test_a_column_that_means_something_is_taken(tmp_path, ten_seconds, row, start, seconds, form):
+    """Under another name than ours it was ignored: 1.5 s of words had 18 s of sound."""
+    done = manifest(tmp_path, [row], list(row) if form == "tsv" else None)
+    assert done.returncode == 0, done.stderr
+    line, = read_lines(tmp_path / "out/samples.jsonl")
+    assert line["answer"] == "go"
+    np.testing.assert_allclose(data.load_audio(tmp_path / "out" / line["audio"]), atol=1e-4,
+                               desired=ten_seconds[16_000 * start:][: int(16_000 * seconds)])
+
+
+@pytest.mark.parametrize("more, named", [
+    *(({column: 1}, column) for column in (
+        "channel", "channels", "start_ms", "end_sample", "stop_ms", "num_frames", "frame_offset",
+        "dur", "length", "time", "timestamp", "secs", "from", "to", "segment", "speed",
+        "num_samples", "StartTime", "audioStart", "t_begin", "clip_end", "len_ms")),
+    ({"seconds": 1, "duration": 2}, "duration"), ({"sentence": "yes"}, "sentence"),
+    ({"path": "y.wav"}, "path"), ({"start": 1, "offset": 1}, "offset"),
+    ({"start": 1, "end": 3, "seconds": 1}, "agree"), ({"start": "a"}, "'a'"),
+    ({"start": True}, "True"), ({"end": "1:30"}, "1:30"), ({"seconds": [1]}, "[1]")])
+def test_a_column_that_may_mean_something_is_never_ignored(tmp_path, ten_seconds, more, named):
+    done = manifest(tmp_path, [{"audio": "x.wav", "text": "go"},
+                               {"audio": "x.wav", "text": "go", **more}])
+    assert done.returncode == 1 and done.stderr.startswith("error: x.jsonl:2: "), done.stdout
+    assert named in done.stderr and done.stderr.count("\n") == 1
+    assert not (tmp_path / "out/samples.jsonl").exists()
+
+
 LETTER = "Answer with the option's letter from the given choices directly."
 
 
