@@ -29,6 +29,7 @@ from plumbing.files import (
 from plumbing.media import VOICES, load_audio, load_image, save_sound, speak
 from plumbing.processes import workers
 
+INNER = "end", "wave", "pixels", "where", "folder"  # what only our own code adds to a sample
 LISTS = ("annotations", "tsv", "manifest", "relation", "attribution")  # options that name a list
 
 
@@ -69,7 +70,7 @@ class Rows(Sequence):
 
         Raises an error unless it is a sample and has those that are.
         """
-        sample = json.loads(line)
+        sample = {key: value for key, value in json.loads(line).items() if key not in INNER}
         check_sample(sample)
         if self.forms is not None:
             for form in ("question", "audio"):
@@ -95,13 +96,20 @@ class Rows(Sequence):
 
 
 def check_sample(sample):
-    """Raises an error unless a line has an answer, a question or speech, and files inside."""
+    """Raises an error unless a line has an answer, a question or speech, and files inside.
+
+    "after" must be the question's end; "phase" (of the built-in world's lessons) 0 or 1.
+    """
     if not sample["answer"].strip():
         raise BadInput("the answer is empty")
     if "question" not in sample and "audio" not in sample:
         raise BadInput("there is no question, neither in writing nor aloud")
     if "question" in sample and not sample["question"].strip():
         raise BadInput("the question is empty")
+    if "after" in sample and not sample["question"].endswith(sample["after"]):
+        raise BadInput("what comes after the speech is not the end of the question")
+    if sample.get("phase", 0) not in (0, 1):
+        raise BadInput(f"the phase is 0 or 1, not {sample['phase']!r}")
     for key in ("image", "audio"):
         path = Path(sample.get(key, ""))
         if path.is_absolute() or ".." in path.parts:

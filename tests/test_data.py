@@ -18,11 +18,11 @@ import mmalign
 from data import AUDIO_SLOT, IGNORE
 from model import normalize
 from plumbing import prepared
-from plumbing.files import BadInput
+from plumbing.files import BadInput, write_json_lines
 from plumbing.media import HELD_OUT_VOICES, speak
 from world import shapes
 from world.answers import is_in_the_bases_words, score_answer
-from world.lessons import spread_positions
+from world.lessons import order_lessons, spread_positions
 
 SETTINGS = {"image_size": 64, "max_tiles": 1}
 
@@ -176,6 +176,50 @@ def test_collate_puts_both_questions_into_one_slot(world):
         supervised = [s["labels"][b][s["labels"][b] != IGNORE] for s in (text, audio)]
         assert torch.equal(*supervised)
         assert ollm.tokenizer.decode(supervised[0]) == row["answer"] + " <|im_end|>"
+
+
+@pytest.mark.parametrize("key, value", [
+    ("end", "star"), ("end", 3.5), ("wave", [0.5] * 9000), ("pixels", [1]), ("where", "here"),
+    ("folder", "/"), ("speaker", "x"), ("phase", 1), ("group", [7]), ("mask", None)])
+def test_a_user_s_own_keys_change_nothing(world, folder, key, value):
+    """An "end" took the place of the answer's end mark, and `check` found nothing wrong."""
+    ollm, batches = build_ollm(torch.float32), []
+    lines = (folder / "samples.jsonl").read_text().splitlines()
+    for part in (world / "vision-audio", folder):
+        (folder / "samples.jsonl").write_text("".join(
+            json.dumps({**json.loads(line), key: value}) + "\n" for line in lines))
+        samples = data.Samples(part, ollm.settings)
+        batches.append(data.collate([samples[i] for i in range(4)], ollm.tokenizer,
+                                    ollm.mel_extractor, ollm.settings))
+        assert samples.rows[1]["where"] == f"{part}/samples.jsonl:2"
+    for form in ("text", "audio"):
+        assert torch.equal(batches[0][form]["ids"], batches[1][form]["ids"])
+        assert torch.equal(batches[0][form]["labels"], batches[1][form]["labels"])
+    assert torch.equal(batches[0]["mel"], batches[1]["mel"])
+
+
+@pytest.mark.parametrize("spoil", [
+    {"after": "star"}, {"after": 3.5}, {"after": None}, {"after": ["is"]}, {"phase": "train"},
+    {"phase": 2}, {"phase": None}, {"question": None, "after": ""}])
+def test_a_key_of_ours_with_another_meaning_is_refused(folder, spoil):
+    lines = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    line = {key: value for key, value in {**lines[1], **spoil}.items()
+            if key != "question" or value is not None}
+    write_json_lines(folder / "samples.jsonl", [lines[0], line, *lines[2:]])
+    with pytest.raises(BadInput, match="samples.jsonl:2: "):
+        data.Samples(folder, SETTINGS, ("audio",))
+    checked = run_here("data.py", "check", folder, cwd=folder)
+    assert checked.returncode == 1 and "samples.jsonl:2: " in checked.stdout
+
+
+def test_a_group_of_several_pictures_is_refused(world):
+    """Only the first of them would be seen."""
+    rows = prepared.read_samples(world / "vision-text")
+    assert order_lessons(rows, 0)
+    for row in rows:
+        row["group"] = "train"
+    with pytest.raises(BadInput, match="samples.jsonl:.*another picture"):
+        order_lessons(rows, 0)
 
 
 def test_spread_positions_keep_their_order_and_leave_the_answer_whole():

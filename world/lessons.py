@@ -19,6 +19,7 @@ import random
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from plumbing.files import BadInput
 from real.families import CHATS
 
 
@@ -38,6 +39,8 @@ def order_lessons(rows, seed):
     for i, row in enumerate(rows):
         key = float(row.get("phase", 0)), row.get("group", i)
         groups.setdefault(key, []).append(i)
+        if row.get("image") != rows[groups[key][0]].get("image"):
+            raise BadInput(f"{row['where']}: its group has another picture")
     keys = list(groups)
     random.Random(seed).shuffle(keys)
     keys.sort(key=lambda key: key[0])
