@@ -169,11 +169,18 @@ def commonvoice_tasks(args):
 
 
 def manifest_tasks(args):
-    """Yields the rows of a TSV or JSONL: audio (below --root), text, perhaps id and a stretch."""
+    """Yields the rows of a TSV or JSONL: audio (below --root), text, perhaps id and a stretch.
+
+    Lhotse's cuts are taken, too. One that cannot be has the reason, a BadInput, in place of a path.
+    """
     for i, (where, row) in enumerate(read_table(args.manifest)):
         with at(where):
-            row = our_names(row)
+            is_cut = "supervisions" in row or str(row.get("type")).endswith("Cut")
+            row = attempt(cut_row, (row["id"], row)) if is_cut else our_names(row)
             name = str(row.get("id", f"{i:08}")).replace("/", "_")
+            if "skipped" in row:
+                yield name, BadInput(row["skipped"])
+                continue
             start, end, seconds = (float(str(row[key])) if key in row else None
                                    for key in ("start", "end", "seconds"))
             start = start or 0.0
@@ -201,6 +208,25 @@ def our_names(row):
     return known
 
 
+def cut_row(name, cut):
+    """Returns a Lhotse cut's words and where they are said, as a row of a manifest."""
+    recording, supervisions = cut.get("recording") or {}, cut.get("supervisions") or []
+    sources = [(source["type"], len(source["channels"])) for source in recording.get("sources", [])]
+    if cut.get("type", "MonoCut") != "MonoCut" or recording.get("transforms"):
+        raise BadInput("the cut is mixed or transformed")
+    if sources != [("file", 1)]:
+        raise BadInput("the cut is not of one file with one channel")
+    if len(supervisions) != 1:
+        raise BadInput(f"the cut has not one supervision: {len(supervisions)}")
+
+    # Its start counts from the cut's. Libriheavy has several texts; the first has capitals.
+    words = supervisions[0]
+    texts = [words.get("text"), *(words.get("custom") or {}).get("texts", [])]
+    return {"id": name, "audio": recording["sources"][0]["source"],
+            "text": next(filter(None, texts), ""), "start": cut["start"] + words.get("start", 0),
+            "seconds": words.get("duration", cut["duration"])}
+
+
 def read_table(path):
     """Yields ("file:line", row) of a .jsonl, or of a .tsv with a header; either may be a .gz."""
     if Path(path).name.removesuffix(".gz").endswith((".jsonl", ".json")):
@@ -209,8 +235,10 @@ def read_table(path):
     return table_rows(path, errors="replace", quoting=csv.QUOTE_NONE)
 
 
-def take_clip(name, recording, transcript, *stretch, folder):
+def take_clip(name, recording, transcript=None, *stretch, folder):
     """Turns a recording into 16 kHz FLAC and returns its line. stretch: start, seconds"""
+    if isinstance(recording, BadInput):
+        raise recording
     answer = plain_transcript(transcript)
     path = folder / "audio" / f"{name}.flac"
     with at("the recording cannot be used"):
@@ -257,6 +285,6 @@ def add_commands(commands):
     add("--clips", required=True, help="its folder of recordings")
     add = command("manifest", "recordings and transcripts listed in a .jsonl or .tsv", make_asr,
                   manifest_tasks)
-    add("--manifest", required=True, help="lines with audio, text, perhaps id, start, seconds "
-        "(Libriheavy's text is its cuts' supervisions[0].custom.texts[0])")
+    add("--manifest", required=True, help="lines with audio, text, perhaps id, start, seconds; "
+        "or Lhotse's cuts")
     add("--root", required=True, help="the folder that its audio paths are relative to")

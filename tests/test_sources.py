@@ -1,5 +1,6 @@
 """Public formats brought to ours: hand-made inputs in the exact layouts, interrupted and not."""
 
+import gzip
 import json
 import os
 import shutil
@@ -337,6 +338,71 @@ def test_a_column_that_may_mean_something_is_never_ignored(tmp_path, ten_seconds
                                {"audio": "x.wav", "text": "go", **more}])
     assert done.returncode == 1 and done.stderr.startswith("error: x.jsonl:2: "), done.stdout
     assert named in done.stderr and done.stderr.count("\n") == 1
+    assert not (tmp_path / "out/samples.jsonl").exists()
+
+
+def cut(name, start=2.0, seconds=3.0, source="x.wav", **options):
+    """A cut as Lhotse 1.33 writes it, its one supervision as long as itself."""
+    words = {"id": name, "recording_id": "x", "start": 0.0, "duration": seconds, "channel": 0,
+             "text": f"THIS IS <COMMA> {name[0]}"}
+    recording = {"id": "x", "sources": [{"type": "file", "channels": [0], "source": source}],
+                 "sampling_rate": 16_000, "num_samples": 160_000, "duration": 10.0,
+                 "channel_ids": [0]}
+    return {"id": name, "start": start, "duration": seconds, "channel": 0, "type": "MonoCut",
+            "supervisions": [{**words, **options.pop("words", {})}],
+            "recording": {**recording, **options.pop("recording", {})}, **options}
+
+
+SPEED = [{"name": "Speed", "kwargs": {"factor": 1.1}}]
+BOTH = [{"type": "file", "channels": [0, 1], "source": "x.wav"}]
+ONE_EACH = [{"type": "file", "channels": [i], "source": "x.wav"} for i in (0, 1)]
+RUN = [{"type": "command", "channels": [0], "source": "touch run; cat x.wav"}]
+ADDRESS = [{"type": "url", "channels": [0], "source": "http://localhost/x.wav"}]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_lhotse_s_cuts_are_read_as_they_are(tmp_path, ten_seconds, packed):
+    """It was KeyError: 'audio', and the .gz was read as a TSV."""
+    libriheavy = {"text": None, "custom": {"texts": ["He said: no.", "HE SAID NO"]}}
+    wider = {"start": 0.5, "duration": 2.0}  # the cut holds a second that nobody has transcribed
+    good = [cut("a"), cut("b/1", 7, 3), cut("c", words=libriheavy), cut("d", words=wider)]
+    bad = [(cut("e", recording={"transforms": SPEED}), "mixed or transformed"),
+           ({"id": "f", "type": "MixedCut", "tracks": [{"cut": cut("a"), "offset": 0.0}]}, "mixed"),
+           ({"id": "g", "duration": 1.0, "sampling_rate": 16_000, "type": "PaddingCut"}, "mixed"),
+           (cut("h", type="MultiCut", channel=[0, 1], recording={"sources": BOTH}), "mixed"),
+           (cut("i", channel=1, recording={"sources": BOTH}), "one channel"),
+           (cut("j", recording={"sources": ONE_EACH}), "one channel"),
+           (cut("k", recording={"sources": RUN}), "one file"),
+           (cut("l", recording={"sources": ADDRESS}), "one file"),
+           (cut("m", features={}) | {"recording": None}, "one file"),
+           (cut("n", supervisions=[]), "not one supervision: 0"),
+           (cut("o", supervisions=2 * cut("o")["supervisions"]), "not one supervision: 2"),
+           (cut("p", words={"text": None}), "is empty"), (cut("q", 8, 3), "it lasts 10.0 s"),
+           (cut("r", source="no.wav"), "no.wav"), (cut("s", words={"text": "<MUSIC>"}), "a tag")]
+    name = "cuts.jsonl" + ".gz" * packed
+    text = "".join(json.dumps(row) + "\n" for row in [*good, *(row for row, _ in bad)])
+    (tmp_path / name).write_bytes(gzip.compress(text.encode()) if packed else text.encode())
+    done = run_here("data.py", "manifest", "--manifest", name, "--root", ".", "--out", "out",
+                    cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    kept = {line["id"]: line["answer"] for line in read_lines(tmp_path / "out/samples.jsonl")}
+    assert kept == {"a": "this is a", "b_1": "this is b", "c": "he said no", "d": "this is d"}
+    for row, start, seconds in (("a", 2, 3), ("b_1", 7, 3), ("c", 2, 3), ("d", 2.5, 2)):
+        wave = data.load_audio(tmp_path / f"out/audio/{row}.flac")
+        expected = ten_seconds[int(16_000 * start):][: 16_000 * seconds]
+        np.testing.assert_allclose(wave, expected, atol=1e-4)
+    skipped = {line["id"]: line["skipped"] for line in read_lines(tmp_path / "out/skipped.jsonl")}
+    assert [*skipped] == [row["id"] for row, _ in bad] and not (tmp_path / "run").exists()
+    for row, why in bad:
+        assert why in skipped[row["id"]], (row["id"], skipped)
+
+
+def test_a_packed_list_that_is_cut_off_is_one_line(tmp_path, ten_seconds):
+    text = "".join(json.dumps(cut(f"c{i}")) + "\n" for i in range(500))
+    (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(text.encode())[:-40])
+    done = run_here("data.py", "manifest", "--manifest", "x.jsonl.gz", "--root", ".", "--out",
+                    "out", cwd=tmp_path)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "x.jsonl.gz" in done.stderr
     assert not (tmp_path / "out/samples.jsonl").exists()
 
 
