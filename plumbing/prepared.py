@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import random
+import unicodedata
 from array import array
 from collections import Counter
 from collections.abc import Sequence
@@ -219,6 +220,16 @@ def write(folder, results):
 def count_reasons(skipped):
     """Returns [(reason, how often)] of skipped lines, the most frequent first."""
     return Counter(line["skipped"].split(":")[0] for line in skipped).most_common()
+
+
+def check_names(names):
+    """Raises BadInput if two ids name one file; on some disks "A" and "a" do."""
+    known = {}
+    for name in names:
+        key = unicodedata.normalize("NFC", name).casefold()
+        if key in known:
+            raise BadInput(f"the ids {known[key]!r} and {name!r} would be one file")
+        known[key] = name
 
 
 def check_inside(folder, name):

@@ -16,14 +16,13 @@ import functools
 import os
 import re
 import shutil
-from collections import Counter
 from pathlib import Path
 
 import torchaudio
 
 from plumbing.files import BadInput, at, json_lines, read_json, table_rows, written_whole
 from plumbing.media import load_image, load_speech, save_sound
-from plumbing.prepared import attempt, check_inside, in_parallel, pick, prepare, write
+from plumbing.prepared import attempt, check_inside, check_names, in_parallel, pick, prepare, write
 from real.speech import LONGEST_QUESTION, SILENT, add_voice_arguments, speak_all, spoken_text
 
 # Format suffixes of LLaVA's mix are lines that tell how to write the answer: see --suffix.
@@ -179,19 +178,24 @@ def manifest_tasks(args):
             row = attempt(cut_row, (row["id"], row)) if is_cut else our_names(row)
             name = str(row.get("id", f"{i:08}")).replace("/", "_")
             if "skipped" in row:
-                yield name, BadInput(row["skipped"])
-                continue
-            start, end, seconds = (float(str(row[key])) if key in row else None
-                                   for key in ("start", "end", "seconds"))
-            start = start or 0.0
-            if end is not None:
-                if seconds is not None and not abs(end - start - seconds) < 0.1:
-                    raise BadInput("start, end and seconds do not agree")
-                seconds = end - start
-            if not isinstance(row["text"], str):
+                task = name, BadInput(row["skipped"])
+            elif not isinstance(row["text"], str):
                 raise BadInput("text must be a text")
-            task = name, Path(args.root) / row["audio"], row["text"], start, seconds
+            else:
+                task = name, Path(args.root) / row["audio"], row["text"], *stretch_of(row)
         yield task
+
+
+def stretch_of(row):
+    """Returns (start, seconds or None) of a manifest's row."""
+    start, end, seconds = (float(str(row[key])) if key in row else None
+                           for key in ("start", "end", "seconds"))
+    start = start or 0.0
+    if end is None:
+        return start, seconds
+    if seconds is not None and not abs(end - start - seconds) < 0.1:
+        raise BadInput("start, end and seconds do not agree")
+    return start, end - start
 
 
 def our_names(row):
@@ -250,9 +254,7 @@ def take_clip(name, recording, transcript=None, *stretch, folder):
 def make_asr(args):
     """Makes the folder of a corpus: args.tasks yields its recordings and transcripts."""
     tasks, folder = pick(list(args.tasks(args)), args.n, args.seed), Path(args.out)
-    duplicates = [name for name, n in Counter(name for name, *_ in tasks).items() if n > 1]
-    if duplicates:
-        raise BadInput(f"{args.command}: the id {duplicates[0]!r} stands there more than once")
+    check_names([name for name, *_ in tasks])
     take = functools.partial(attempt, take_clip, folder=folder)
     write(folder, in_parallel(take, tasks, "speech"))
 

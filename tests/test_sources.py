@@ -341,6 +341,26 @@ def test_a_column_that_may_mean_something_is_never_ignored(tmp_path, ten_seconds
     assert not (tmp_path / "out/samples.jsonl").exists()
 
 
+@pytest.mark.parametrize("one, other", [
+    ("a", "a"), ("a/b", "a_b"), ("Abc", "aBC"), ("stra\u00dfe", "STRASSE"),
+    ("caf\u00e9", "cafe\u0301"), ("00000001", None), (7, "7")])
+def test_two_ids_of_one_file_are_refused(tmp_path, ten_seconds, one, other):
+    """On a disk that does not tell case apart, "a" would have had the recording of "A"."""
+    rows = [{"id": one, "audio": "x.wav", "text": "go"}, {"audio": "x.wav", "text": "no"}]
+    rows[1] |= {"id": other} if other else {}
+    done = manifest(tmp_path, rows)
+    assert done.returncode == 1 and "would be one file" in done.stderr, done.stdout
+    assert done.stderr.count("\n") == 1 and not (tmp_path / "out/samples.jsonl").exists()
+    done = manifest(tmp_path, [rows[0], {**rows[1], "id": "b"}])
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_id_of_zero_is_an_id(tmp_path, ten_seconds):
+    done = manifest(tmp_path, [{"id": n, "audio": "x.wav", "text": "go"} for n in (1, 0)])
+    assert done.returncode == 0, done.stderr
+    assert [line["id"] for line in read_lines(tmp_path / "out/samples.jsonl")] == ["1", "0"]
+
+
 def cut(name, start=2.0, seconds=3.0, source="x.wav", **options):
     """A cut as Lhotse 1.33 writes it, its one supervision as long as itself."""
     words = {"id": name, "recording_id": "x", "start": 0.0, "duration": seconds, "channel": 0,
