@@ -11,7 +11,6 @@ whole distribution instead. An interrupted command goes on where it stopped.
 
 import argparse
 import json
-import os
 from pathlib import Path
 
 from tqdm import tqdm
@@ -20,7 +19,7 @@ import data
 from eval import batch_size
 from model import OLLM
 from plumbing import prepared, runs
-from plumbing.files import json_lines, read_json, readable_errors
+from plumbing.files import json_lines, link, read_json, readable_errors
 from plumbing.processes import default_device
 
 
@@ -54,7 +53,7 @@ def relabel(args):
         line.pop("where")
         for key in ("image", "audio"):
             if key in line and not (out / line[key]).exists():
-                os.link(folder / line[key], out / line[key])
+                link(folder / line[key], out / line[key])
         results.append({**line, "answer": answer})
         if not answer:
             results[-1] = {"id": line["id"], "skipped": "the base answers nothing"}

@@ -168,6 +168,15 @@ def written_whole(path, sync=False):
         temporary.unlink(missing_ok=True)
 
 
+def link(source, target):
+    """Gives a file a second name, which takes no disk space, or copies it where that cannot be."""
+    with written_whole(target) as temporary:
+        try:
+            os.link(os.path.realpath(source), temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
+
+
 def write_text(path, text):
     """Writes a text file, whole or not at all."""
     with written_whole(path) as temporary:

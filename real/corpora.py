@@ -15,13 +15,14 @@ import csv
 import functools
 import os
 import re
-import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+import soundfile
 import torchaudio
 
-from plumbing.files import BadInput, at, json_lines, read_json, table_rows, written_whole
-from plumbing.media import load_image, load_speech, save_sound
+from plumbing.files import BadInput, at, json_lines, link, only_writer, read_json, table_rows
+from plumbing.media import SAMPLE_RATE, load_image, load_speech, save_sound
 from plumbing.prepared import attempt, check_inside, check_names, in_parallel, pick, prepare, write
 from real.speech import LONGEST_QUESTION, SILENT, add_voice_arguments, speak_all, spoken_text
 
@@ -82,11 +83,7 @@ def take_llava(name, line, image, folder):
         load_image(image)
     path = folder / "images" / f"{name}{image.suffix.lower()}"
     if not path.exists():
-        with written_whole(path) as temporary:
-            try:
-                os.link(image, temporary)  # takes no disk space
-            except OSError:
-                shutil.copyfile(image, temporary)
+        link(image, path)
     return {"id": name, "image": f"images/{path.name}", "audio": f"audio/{name}.flac", **line}
 
 
@@ -150,14 +147,31 @@ def plain_transcript(text):
 
 
 def librispeech_tasks(args):
-    """Yields LibriSpeech by torchaudio's dataset, downloaded if need be."""
-    with at(f"LibriSpeech {args.split} is not under {args.root}, and there is no download"):
-        Path(args.root).mkdir(parents=True, exist_ok=True)
-        corpus = torchaudio.datasets.LIBRISPEECH(args.root, url=args.split, download=True)
-    for n in range(len(corpus)):
-        path, _, transcript, speaker, chapter, utterance = corpus.get_metadata(n)
-        recording = Path(args.root) / "LibriSpeech" / path
-        yield f"{speaker}-{chapter}-{utterance:04}", recording, transcript
+    """Yields the utterances of LibriSpeech, downloaded and unpacked if need be."""
+    split = Path(args.root) / "LibriSpeech" / args.split
+    if not split.exists():
+        unpack_librispeech(args.root, split)
+    for chapter in sorted(split.glob("*/*/")):
+        transcripts = chapter / f"{chapter.parent.name}-{chapter.name}.trans.txt"
+        with at(transcripts):
+            lines = transcripts.read_text(encoding="utf-8").splitlines()
+        for line in lines:
+            name, _, transcript = line.partition(" ")
+            yield name, chapter / f"{name}.flac", transcript
+
+
+def unpack_librispeech(root, split):
+    """Makes the folder of a split by torchaudio, whole or not at all: unpacked beside, renamed."""
+    place, archive = split.with_name(f".{split.name}"), Path(root, f"{split.name}.tar.gz")
+    with (at(f"LibriSpeech {split.name} is not under {root}, and there is no download"),
+          only_writer(place, patience=24 * 3600),
+          TemporaryDirectory(dir=place, prefix=".", suffix=".tmp") as beside):
+        if split.exists():
+            return  # while we waited for another process
+        if archive.exists():
+            Path(beside, archive.name).symlink_to(archive.resolve())
+        torchaudio.datasets.LIBRISPEECH(beside, url=split.name, download=True)
+        os.replace(Path(beside, "LibriSpeech", split.name), split)
 
 
 def commonvoice_tasks(args):
@@ -247,7 +261,12 @@ def take_clip(name, recording, transcript=None, *stretch, folder):
     path = folder / "audio" / f"{name}.flac"
     with at("the recording cannot be used"):
         if not path.exists():
-            save_sound(path, load_speech(recording, *stretch))
+            wave, file = load_speech(recording, *stretch), soundfile.info(recording)
+            kind = file.format, file.subtype, file.samplerate, file.channels
+            if kind == ("FLAC", "PCM_16", SAMPLE_RATE, 1) and not any(stretch):
+                link(recording, path)  # as we would write it: LibriSpeech's are
+            else:
+                save_sound(path, wave)
     return {"id": name, "audio": f"audio/{name}.flac", "answer": answer}
 
 

@@ -1,12 +1,14 @@
 """Public formats brought to ours: hand-made inputs in the exact layouts, interrupted and not."""
 
 import gzip
+import io
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 
 import numpy as np
@@ -200,6 +202,127 @@ def test_librispeech(tmp_path):
     missing = run_here(*command, "--split", "no-such", "--out", tmp_path / "b", cwd=tmp_path)
     assert missing.returncode == 1 and missing.stderr.count("\n") == 1
     assert "no-such" in missing.stderr
+
+
+def pack_librispeech(folder, *splits, utterances=200):
+    """Writes each split's archive as it is published, of so many utterances of 0.2 s."""
+    sound = io.BytesIO()
+    soundfile.write(sound, np.random.default_rng(0).normal(0, 0.1, 3200), 16_000, format="FLAC")
+    for split in splits:
+        with tarfile.open(folder / f"{split}.tar.gz", "w:gz") as archive:
+            files = {"README.TXT": b"LibriSpeech"}
+            for chapter in range(10):
+                names = [f"84-{chapter}-{i:04}" for i in range(utterances // 10)]
+                files |= {f"{split}/84/{chapter}/{name}.flac": sound.getvalue() for name in names}
+                files[f"{split}/84/{chapter}/84-{chapter}.trans.txt"] = "".join(
+                    f"{name} {split.upper()}\n" for name in names).encode()
+            for name, content in files.items():
+                member = tarfile.TarInfo(f"LibriSpeech/{name}")
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+
+
+def unpacking(root, split, out):
+    """Starts `data.py librispeech` in a process group of its own."""
+    return subprocess.Popen([sys.executable, ROOT / "data.py", "librispeech", "--root", root,
+                             "--split", split, "--out", out], start_new_session=True,
+                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def test_librispeech_killed_while_it_is_unpacked_is_unpacked_anew(tmp_path):
+    """What there was of it counted as all: "16 samples" of 200, and "there already" for ever."""
+    pack_librispeech(tmp_path, "dev-clean", utterances=2000)
+    process = unpacking(tmp_path, "dev-clean", tmp_path / "out")
+    while process.poll() is None and not list(tmp_path.rglob("*.flac")):
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "LibriSpeech/dev-clean").exists() and list(tmp_path.rglob("*.flac"))
+    done = run_here("data.py", "librispeech", "--root", tmp_path, "--split", "dev-clean",
+                    "--out", tmp_path / "out", cwd=tmp_path)
+    assert done.returncode == 0 and "2000 samples; 0 left out" in done.stdout, done.stderr
+    assert len(list((tmp_path / "LibriSpeech").rglob("*.flac"))) == 2000, "nothing half is left"
+    assert (tmp_path / "dev-clean.tar.gz").exists()
+
+
+def test_processes_that_unpack_librispeech_at_once(tmp_path):
+    """Two splits on one --root, and one split twice."""
+    pack_librispeech(tmp_path, "dev-clean", "dev-other")
+    processes = [unpacking(tmp_path, split, tmp_path / out) for split, out in
+                 (("dev-clean", "a"), ("dev-other", "b"), ("dev-clean", "c"))]
+    assert [process.wait(timeout=100) for process in processes] == [0, 0, 0]
+    for out, text in (("a", "dev clean"), ("b", "dev other"), ("c", "dev clean")):
+        lines = read_lines(tmp_path / out / "samples.jsonl")
+        assert len(lines) == 200 and {line["answer"] for line in lines} == {text}
+
+
+def test_an_archive_that_is_cut_off_leaves_no_folder(tmp_path):
+    pack_librispeech(tmp_path, "dev-clean")
+    archive = tmp_path / "dev-clean.tar.gz"
+    whole = archive.read_bytes()
+    archive.write_bytes(whole[: len(whole) // 2])
+    command = ("data.py", "librispeech", "--root", tmp_path, "--split", "dev-clean", "--out", "out")
+    done = run_here(*command, cwd=tmp_path)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    assert not (tmp_path / "LibriSpeech/dev-clean").exists()
+    archive.write_bytes(whole)
+    done = run_here(*command, cwd=tmp_path)
+    assert done.returncode == 0 and "200 samples; 0 left out" in done.stdout, done.stderr
+
+
+def test_what_lacks_in_librispeech_is_said(tmp_path):
+    """Recordings that somebody else's unpacking did not reach are counted; a chapter is refused."""
+    pack_librispeech(tmp_path, "dev-clean")
+    shutil.unpack_archive(tmp_path / "dev-clean.tar.gz", tmp_path, filter="data")
+    (tmp_path / "LibriSpeech/dev-clean/84/3/84-3-0007.flac").unlink()
+    command = ("data.py", "librispeech", "--root", tmp_path, "--split", "dev-clean", "--out")
+    done = run_here(*command, "a", cwd=tmp_path)
+    assert done.returncode == 0 and "199 samples; 1 left out" in done.stdout, done.stderr
+    (tmp_path / "LibriSpeech/dev-clean/84/3/84-3.trans.txt").unlink()
+    done = run_here(*command, "b", cwd=tmp_path)
+    assert done.returncode == 1 and "84-3.trans.txt" in done.stderr, done.stdout
+
+
+def test_librispeech_is_linked_and_not_written_again(tmp_path):
+    """It was decoded and encoded: twice the disk space, and an hour."""
+    chapter = tmp_path / "LibriSpeech/dev-clean/84/1"
+    for i, kind in enumerate(((16_000, "PCM_16"), (8_000, "PCM_16"), (16_000, "PCM_24"),
+                              (16_000, "PCM_16"))):
+        save_noise(chapter / f"84-1-{i}.flac", 1, kind[0], subtype=kind[1])
+    (chapter / "84-1-3.flac").rename(tmp_path / "elsewhere.flac")
+    (chapter / "84-1-3.flac").symlink_to("../../../../elsewhere.flac")
+    (chapter / "84-1.trans.txt").write_text("".join(f"84-1-{i} GO\n" for i in range(4)))
+    done = run_here("data.py", "librispeech", "--root", tmp_path, "--split", "dev-clean", "--out",
+                    tmp_path / "out", cwd=tmp_path)
+    assert done.returncode == 0 and "4 samples" in done.stdout, done.stderr
+    ours = [tmp_path / f"out/audio/84-1-{i}.flac" for i in range(4)]
+    same = [path.samefile(chapter / path.name) for path in ours]
+    assert same == [True, False, False, True] and not any(map(os.path.islink, ours))
+    shutil.rmtree(tmp_path / "LibriSpeech")
+    (tmp_path / "elsewhere.flac").unlink()
+    assert [len(data.load_audio(path)) for path in ours] == 4 * [16_000]
+
+
+@pytest.mark.parametrize("is_linkable", [True, False])
+def test_pictures_that_are_relative_links_come_as_files(llava, tmp_path, monkeypatch, is_linkable):
+    """The hub's cache, DVC and git-annex have such: the link was linked, and led nowhere."""
+    def refuse(*_):
+        raise OSError("another disk")
+
+    picture = tmp_path / "pictures/coco/a.png"
+    (tmp_path / "blobs").mkdir()
+    picture.rename(tmp_path / "blobs/0")
+    picture.symlink_to("../../blobs/0")
+    if not is_linkable:
+        monkeypatch.setattr(os, "link", refuse)
+    done = run_here(*llava, "--tts", "espeak", "--out", tmp_path / "out", cwd=tmp_path)
+    assert done.returncode == 0 and "42 samples" in done.stdout, done.stderr
+    paths = list((tmp_path / "out/images").iterdir())
+    assert len(paths) == 42 and not any(map(os.path.islink, paths))
+    assert {path.samefile(tmp_path / "blobs/0") for path in paths} == {is_linkable}
+    shutil.rmtree(tmp_path / "blobs")
+    checked = run_here("data.py", "check", tmp_path / "out", cwd=tmp_path)
+    assert checked.returncode == 0, checked.stdout
 
 
 def test_commonvoice(tmp_path):
