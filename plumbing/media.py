@@ -41,6 +41,12 @@ def load_image(file):
     name = f" {file}" if isinstance(file, (str, Path)) else ""
     with at(f"cannot read the image{name}"):
         with warnings.catch_warnings(action="ignore"), Image.open(file, formats=PICTURES) as image:
+            # `convert` makes white of all above 255, and black of a scale from 0 to 1.
+            if image.mode.startswith("I;16"):
+                return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+            low, high = image.getextrema() if image.mode in ("I", "F") else (0, 255)
+            if not (low >= 0 and 1 < high <= 255):
+                raise BadInput(f"its grey levels go from {low:g} to {high:g}, not from 0 to 255")
             return image.convert("RGB")
 
 

@@ -1,10 +1,13 @@
 """The on-disk format: reproducible, restartable, read with clear errors, collated right."""
 
 import gc
+import io
 import json
 import random
 import shutil
+import struct
 import sys
+import zlib
 
 import numpy as np
 import pytest
@@ -136,6 +139,52 @@ def test_audio_of_any_rate_and_format_is_brought_to_16_khz_mono(tmp_path, rate, 
     assert abs(len(wave) - 16_000) < 100
     spectrum = np.abs(np.fft.rfft(wave))
     assert abs(spectrum.argmax() * 16_000 / len(wave) - 440) < 3
+
+
+def png_of_16_bits(samples, kind):
+    """Returns a PNG of uint16 samples (rows, columns, channels); kind: PNG's colour type."""
+    def chunk(name, content):
+        checksum = zlib.crc32(name + content)
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", checksum)
+
+    rows, columns, _ = samples.shape
+    lines = b"".join(b"\0" + row.astype(">u2").tobytes() for row in samples)
+    return (b"\x89PNG\r\n\x1a\n"
+            + chunk(b"IHDR", struct.pack(">IIBBBBB", columns, rows, 16, kind, 0, 0, 0))
+            + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b""))
+
+
+@pytest.mark.parametrize("kind, channels", [(0, 1), (2, 3), (4, 2), (6, 4)])
+def test_a_picture_of_16_bits_keeps_its_levels(kind, channels):
+    """Of grey ones 65 of 65,536 levels were left: 99.6 % of the picture was white."""
+    samples = np.arange(2**16, dtype=np.uint16).reshape(256, 256, 1).repeat(channels, 2)
+    if channels % 2 == 0:
+        samples[..., -1] = 65_535  # opaque
+    image = data.load_image(io.BytesIO(png_of_16_bits(samples, kind)))
+    assert image.mode == "RGB"
+    assert (np.asarray(image) == (samples[..., :1] >> 8)).all()
+
+
+@pytest.mark.parametrize("order", ["<u2", ">u2"])
+def test_a_tiff_of_16_bits_keeps_its_levels(tmp_path, order):
+    levels = np.arange(2**16).reshape(256, 256).astype(order)
+    Image.fromarray(levels).save(tmp_path / "x.tiff")
+    assert (np.asarray(data.load_image(tmp_path / "x.tiff"))[..., 0] == (levels >> 8)).all()
+
+
+@pytest.mark.parametrize("mode, highest, is_usable", [
+    ("I", 255, True), ("F", 255, True), ("I", 65_535, False), ("F", 65_535, False),
+    ("F", 1, False), ("F", np.nan, False), ("I", -5, False)])
+def test_grey_levels_of_another_scale_are_refused(tmp_path, mode, highest, is_usable):
+    levels = np.linspace(0, highest, 81).reshape(9, 9)
+    levels = levels.astype({"I": np.int32, "F": np.float32}[mode])
+    Image.fromarray(levels).save(tmp_path / "x.tiff")
+    if is_usable:
+        pixels = np.asarray(data.load_image(tmp_path / "x.tiff"))
+        assert np.abs(pixels[..., 0] - levels).max() <= 1
+    else:
+        with pytest.raises(BadInput, match="grey levels"):
+            data.load_image(tmp_path / "x.tiff")
 
 
 def test_tiles():
