@@ -35,7 +35,9 @@ def self_kd_loss(student_logits, teacher_logits, labels, alpha, temperature=1.0,
     if alpha > 0:
         teacher = F.log_softmax(teacher_logits.to(dtype) / temperature, dim=-1)  # (N, V)
         student = F.log_softmax(student_logits / temperature, dim=-1)  # (N, V)
-        kl = temperature**2 * (teacher.exp() * (teacher - student)).sum() / n_tokens
+        # What the teacher rules out (-inf) counts nothing, as p log p does at 0.
+        ratio = (teacher - student).masked_fill_(teacher == -torch.inf, 0)  # (N, V)
+        kl = temperature**2 * (teacher.exp() * ratio).sum() / n_tokens
 
     # Supervised fine-tuning: the data's answer should be likely.
     if alpha < 1:

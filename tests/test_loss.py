@@ -1,5 +1,7 @@
 """The loss against the textbook formula in float64."""
 
+import math
+
 import pytest
 import torch
 
@@ -73,6 +75,30 @@ def test_no_answer_token_gives_no_gradient_but_a_graph(logits):
     student, teacher, labels = logits
     loss = self_kd_loss(student[:0], teacher[:0], labels[:0], 0.75, n_tokens=5)[0]
     assert loss.item() == 0 and torch.autograd.grad(loss, student)[0].abs().max() == 0
+
+
+def test_what_the_teacher_rules_out_counts_nothing(logits):
+    """0 times -inf made it NaN, as F.kl_div does."""
+    zeros, infinite = torch.zeros(1, 2, requires_grad=True), torch.tensor([[0.0, -torch.inf]])
+    loss, kl, _ = self_kd_loss(zeros, infinite, torch.tensor([0]), 1.0)
+    gradient, = torch.autograd.grad(loss, zeros)
+    assert kl.item() == pytest.approx(math.log(2)) and gradient.tolist() == [[-0.5, 0.5]]
+
+    # Ruled out almost or wholly is the same; so is a vocabulary without those words.
+    student, teacher, labels = logits
+    words, results = torch.tensor([3, 7]), []
+    for value in (-1e4, -torch.inf):
+        loss = self_kd_loss(student, teacher.index_fill(1, words, value), labels, 1.0)[0]
+        results.append((loss, *torch.autograd.grad(loss, student)))
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-15)
+    both = [logits.index_fill(1, words, -torch.inf) for logits in (student, teacher)]
+    few = [torch.cat([logits[:, :3], logits[:, 4:7], logits[:, 8:]], 1) for logits in both]
+    for temperature in (1.0, 2.0):
+        losses = [self_kd_loss(*pair, labels, 1.0, temperature)[0] for pair in (both, few)]
+        torch.testing.assert_close(*losses, rtol=1e-12, atol=0)
+        gradients = [torch.autograd.grad(loss, student, retain_graph=True)[0] for loss in losses]
+        torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-15)
+        assert not gradients[0][:, [3, 7]].any() and gradients[0].abs().sum() > 0
 
 
 def test_half_precision_logits_are_raised_to_float32(logits):
