@@ -263,7 +263,7 @@ def test_a_key_of_ours_with_another_meaning_is_refused(folder, spoil):
 
 def test_a_group_of_several_pictures_is_refused(world):
     """Only the first of them would be seen."""
-    rows = prepared.read_samples(world / "vision-text")
+    rows = list(prepared.Rows([world / "vision-text"]))
     assert order_lessons(rows, 0)
     for row in rows:
         row["group"] = "train"
