@@ -99,6 +99,14 @@ def all_sum(values, device):
     return values.tolist()
 
 
+def gather(value):
+    """Returns the values of all ranks, on each of them."""
+    values = [value] * world_size()
+    if dist.is_initialized():
+        dist.all_gather_object(values, value)
+    return values
+
+
 def broadcast(value):
     """Returns rank 0's value on every rank: what lies on disk may change between two looks."""
     values = [value]
@@ -138,7 +146,9 @@ def end_with(parent):
 def workers():
     """Yields a pool with a process a core. A killed one is an error, not a hang."""
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    pool = ProcessPoolExecutor(os.cpu_count(), context, start_worker, (os.getpid(),))
+    # SLURM may lend a job few of the machine's cores; macOS does not tell.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    pool = ProcessPoolExecutor(cores, context, start_worker, (os.getpid(),))
     try:
         yield pool
     finally:

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -130,6 +131,33 @@ def test_torchrun_is_killed_and_one_process_goes_on(options, undisturbed, tmp_pa
     other = run_here(FLOAT64, *options, "--lr", 1e-4, "--out", out, cwd=tmp_path)
     assert (other.returncode == 1
             and "finished run of another training (lr is 0.001 there" in other.stderr)
+
+
+@pytest.mark.parametrize("spoil, named", [
+    ("data", "data is "), ("start", "init is "), ("option", "lr is 0.001 there and 0.002 here")])
+def test_processes_that_see_other_things_do_not_train(start, world, tmp_path, spoil, named):
+    """Two machines, each with a copy of its own, one of which differs: it trained."""
+    for rank in (0, 1):
+        shutil.copytree(world / "vision-audio", tmp_path / f"{rank}/part")
+        shutil.copytree(start, tmp_path / f"{rank}/runs")
+    lines = (tmp_path / "1/part/samples.jsonl").read_text().splitlines(keepends=True)
+    if spoil == "data":
+        (tmp_path / "1/part/samples.jsonl").write_text("".join(lines[:-1]))
+    if spoil == "start":
+        weights = load_file(tmp_path / "1/runs/audio/model.safetensors")
+        weights["projector.weight"] += 1
+        save_file(weights, tmp_path / "1/runs/audio/model.safetensors")
+    (tmp_path / "node.py").write_text(
+        "import os, runpy, sys\nrank = os.environ['RANK']\nos.chdir(rank)\n"
+        f"sys.argv += ['--lr', '0.002'] if rank == '1' and {spoil == 'option'} else []\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        f"runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')")
+    done = run_script(tmp_path / "node.py", "--init", "runs/audio", "--data", "part", "--out",
+                      tmp_path / "out", "--device", "cpu", cwd=tmp_path, processes=2)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode != 0 and not (tmp_path / "out/ollm.json").exists(), done.stdout
+    assert errors and all("processes see different things" in error for error in errors), errors
+    assert any(named in error for error in errors), errors
 
 
 def first_step(folder):
