@@ -174,7 +174,7 @@ def test_a_real_whisper_has_a_chain_of_its_own(here, capfd):
     assert said == {"whisper": "models/whisper-tiny", "init": "runs/shapes/vision-text-s0",
                     "muon": False, "lr": 3e-4, "samples": 2400}
     assert last["whisper"] is None and last["init"] == "runs/shapes-whisper-tiny/audio-text-s0"
-    assert runs.base_of(chain / "vision-audio-a0.75-s0") == shapes / "vision-text-s0"
+    assert runs.source_of(chain / "vision-audio-a0.75-s0", "base") == shapes / "vision-text-s0"
     encoder = load_audio_encoder(chain / "vision-audio-a0.75-s0")[0]
     assert encoder.config.num_mel_bins == 128 and encoder.config.d_model == 32
 
