@@ -33,7 +33,7 @@ from loss import self_kd_loss
 from plumbing import runs
 from plumbing.files import BadInput, at
 from plumbing.prepared import how_asked
-from plumbing.processes import half_precision, to_device
+from plumbing.processes import half_precision, halve_frozen_parts, to_device
 from real.checkpoints import empty_audio_encoder, load_audio_encoder, load_lvlm, load_tokenizer
 from real.families import CHATS, prefix_positions, prompt_settings
 from world.models import build_audio_encoder, build_lvlm
@@ -98,17 +98,11 @@ class OLLM(nn.Module):
             self.projector.requires_grad_(True)
 
     def move_to(self, device):
-        """Moves the model to a device. On a GPU, what is frozen is kept in half precision.
-
-        Only parameters: with rounded buffers, rotary angles of far positions would be wrong.
-        """
+        """Moves the model to a device. On a GPU, what is frozen is kept in half precision."""
         self.to(device)
         self.recompute = self.lvlm.device.type == "cuda"
-        for part in self.children():
-            is_frozen = not any(parameter.requires_grad for parameter in part.parameters())
-            if self.lvlm.device.type == "cuda" and is_frozen:
-                for parameter in part.parameters():
-                    parameter.data = parameter.data.bfloat16()
+        if self.recompute:
+            halve_frozen_parts(self)
         return self
 
     # ---- from pictures and sound to tokens -------------------------------------------------------

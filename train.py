@@ -21,6 +21,7 @@ import functools
 import json
 import math
 import random
+import shlex
 import time
 from pathlib import Path
 
@@ -87,8 +88,7 @@ def parse_arguments():
     # Where things lie
     add("--data", nargs="+", help="prepared folders (default: the built-in world's)")
     add("--init", help="run to start from; for audio-text also an LVLM's folder or hub id")
-    add("--whisper", help="folder or hub id of the Whisper that audio-text starts from "
-        "(default: the preset's; the built-in world has a tiny one without weights)")
+    add("--whisper", help="folder or hub id of the Whisper that audio-text starts from")
     add("--out", help="run folder that the stage leaves")
     # Optimization (default: the preset's)
     add("--lr", type=float, help="peak learning rate")
@@ -134,14 +134,16 @@ def configure(args, stage):
     config = {
         "stage": stage, "seed": args.seed, "alpha": 0.0, "temperature": 1.0, "on_policy": 0.0,
         "data": [f"runs/{args.preset}/data-s{args.seed}/{stage}"],
-        "init": preset["lvlm"],
-        "whisper": (args.whisper or preset["whisper"]) if stage == "audio-text" else None,
-        "train": args.train if stage != "vision-text" else "lvlm",
-        "samples": None, "max_steps": None, "muon": False, **settings,
+        "init": preset["lvlm"], "whisper": None, "train": args.train, "samples": None,
+        "max_steps": None, "muon": False, **settings,
         "max_tiles": args.max_tiles, "audio_seconds": args.audio_seconds,
     }
     if stage != stages[0]:
         config["init"] = str(runs.folder(args, stages[stages.index(stage) - 1]))
+    if stage == "vision-text":
+        config["train"] = "lvlm"
+    if stage == "audio-text":
+        config["whisper"] = args.whisper or preset["whisper"]
 
     # The loss's settings are the last stage's: the others know nothing but CE.
     if stage == "vision-audio":
@@ -308,15 +310,15 @@ def main():
     # A default run ends with the table, and with what to try next.
     is_default = not (args.out or args.data or args.init or args.max_steps)
     if args.preset == "shapes" and stage == "vision-audio" and is_default:
-        chain = ["--seed", str(args.seed), *(["--whisper", args.whisper] if args.whisper else [])]
+        chain = f"--seed {args.seed}"
+        if args.whisper:
+            chain += f" --whisper {shlex.quote(args.whisper)}"
         if rank == 0:
-            processes.run_script("eval.py", *chain)
+            processes.run_script("eval.py", *shlex.split(chain))
         print0("\nNext, the same start with another loss:\n    torchrun train.py --alpha "
-               f"{0 if args.alpha else 0.75:g} {' '.join(chain)}")
+               f"{0 if args.alpha else 0.75:g} {chain}")
     else:
-        asked = ""
-        if args.preset != "shapes":
-            asked = f" --data {config['data'][0]} --n 200    # or a folder that it has not seen"
+        asked = "" if args.preset == "shapes" else f" --data {config['data'][0]} --n 200"
         print0(f"\nThe result is in {out}. To look at it:\n    python eval.py {out}{asked}")
 
 

@@ -59,6 +59,17 @@ def half_precision(device):
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
+def halve_frozen_parts(model):
+    """Puts those parts of a model that are frozen throughout into half precision.
+
+    Only parameters: with rounded buffers, rotary angles of far positions would be wrong.
+    """
+    for part in model.children():
+        if not any(parameter.requires_grad for parameter in part.parameters()):
+            for parameter in part.parameters():
+                parameter.data = parameter.data.bfloat16()
+
+
 def to_device(batch, device):
     """Returns a batch, a dict of tensors and such dicts, with all its tensors on the device."""
     if isinstance(batch, dict):
