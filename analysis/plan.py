@@ -205,8 +205,9 @@ def sample_bytes(config, audio, tiles, prefix, teacher, student, answers, frames
     if part == "projector":  # of a frozen encoder, the projector's input alone
         hear = width
 
-    # A logit is there twice in bfloat16 and six times in float32; without a teacher, three times.
-    logit = 2 * 2 + 6 * 4 if teacher else 3 * 4
+    # A logit is there twice in bfloat16, six times in float32, and as a bit for "ruled out", a
+    # byte; without a teacher, three times in float32.
+    logit = 2 * 2 + 6 * 4 + 1 if teacher else 3 * 4
     return (llm.num_hidden_layers * layer + last_norm + positions * hear
             + answers * llm.vocab_size * logit)
 
