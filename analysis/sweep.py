@@ -29,6 +29,8 @@ def scores_of(folder):
         raise BadInput(f"{folder}: has no finished run; `torchrun train.py --alpha 0.75` makes one")
     scores = {}
     for name, by_seed in runs.group_runs(paths).items():
+        if "(" in name:  # a curve is of one training for each alpha
+            raise BadInput(f"{folder}: another run is called so, but for its seed: {name}")
         scores[name] = {"text": [], "audio": []}
         for run in by_seed.values():
             rows = runs.read_answers(run)

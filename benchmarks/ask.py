@@ -16,6 +16,7 @@ import functools
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,6 +69,8 @@ def bench_files(paths):
         inside = [path / f"{name}.tsv" for name in BENCHMARKS]
         files += [file for file in inside if file.exists()] or [path]
     for file in files:
+        if [other.stem for other in files].count(file.stem) > 1:
+            raise BadInput(f"{file}: another file is {file.stem}, too; name one only")
         if file.stem not in BENCHMARKS:
             names = ", ".join(f"{name}.tsv" for name in BENCHMARKS)
             raise BadInput(f"{file}: no such benchmark; there are {names}")
@@ -88,6 +91,7 @@ def bench_rows(path, n, suffix, chat="Hermes-2"):
         row["prompt"] = question if suffix == "dropped" else question + rest
         row["aloud"] = question + rest if suffix == "spoken" else question
         row["after"] = rest if suffix == "written" else ""
+    score(path.stem, rows[:n])  # what cannot be scored is refused before it is asked
     return rows[:n]
 
 
@@ -161,19 +165,23 @@ class Subject:
     forms: tuple  # that it understands: "text", "audio"
     answer: Callable  # function of (samples, forms) that returns {form: [answer, ...]}
     settings: dict = field(default_factory=dict)  # model.py's; a server's are not ours to know
-    version: str = ""  # 8 hex digits of its weights
+    version: str = ""  # 8 hex digits of its weights, or a server's model
 
 
 def subjects(args):
     """Yields the runs that args name, then the server's model."""
-    if args.runs or not args.endpoint:
-        for run in runs.asked_for(args):
-            yield run_subject(run, args)
+    asked = runs.asked_for(args) if args.runs or not args.endpoint else []
+    groups = runs.group_runs(asked)
+    if args.endpoint and args.model in [*groups, *map(str, asked)]:
+        raise BadInput(f"--model {args.model}: a run has this name, too")
+    for name, by_seed in groups.items():
+        for run in by_seed.values():
+            yield run_subject(run, name, args)
     if args.endpoint:
         yield server_subject(args)
 
 
-def run_subject(run, args):
+def run_subject(run, name, args):
     """Returns a run, or any LVLM that model.py reads."""
     ollm, info = OLLM.load(run, args.device).eval(), runs.about(run)
     settings = dict(ollm.settings)
@@ -183,7 +191,7 @@ def run_subject(run, args):
     # A run that is trained anew in the same folder, or on another base, is asked anew.
     weights = runs.fingerprint(run) + info.get("base_fingerprint", "")
     return Subject(
-        label=str(run), name=runs.name(run), folder=runs.place_for_answers(run),
+        label=str(run), name=name, folder=runs.place_for_answers(run),
         forms=("text",) if ollm.audio_encoder is None else ("text", "audio"),
         answer=functools.partial(ollm.answer, max_new_tokens=args.max_new_tokens),
         settings=settings, version=hashlib.sha256(weights.encode()).hexdigest()[:8])
@@ -194,18 +202,17 @@ def server_subject(args):
     if not args.model:
         raise BadInput("--endpoint needs --model, the name of the server's model")
     name = re.sub(r"[^\w.-]+", "-", args.model).strip(".")
-    return Subject(
-        label=args.model, name=args.model, folder=Path("runs/endpoint") / name,
-        forms=("text", "audio"),
-        answer=functools.partial(endpoint.answer, args.endpoint, args.model,
-                                 max_new_tokens=args.max_new_tokens))
+    server = endpoint.Server(args.endpoint, args.model, args.max_new_tokens, args.batch or 8)
+    return Subject(label=args.model, name=args.model, folder=Path("runs/endpoint") / name,
+                   forms=("text", "audio"), answer=server.answer, version=args.model)
 
 
 def read_predictions(path, batches):
     """Returns {index: line} of the answers that an earlier evaluation left in a file.
 
     A last line cut off, and batches of which only a part is there, are dropped from the file: they
-    are asked anew. Raises BadInput for a line that answers another question than its row asks now.
+    are asked anew. Raises BadInput for a line that answers another question than its row asks now,
+    or one about another picture.
     """
     if not path.exists():
         return {}
@@ -213,14 +220,15 @@ def read_predictions(path, batches):
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
         with at(f"{path}:{number}"):
             line = json.loads(line)
-            predictions[line["index"]] = {key: line[key] for key in keys}
+            predictions[line["index"]] = {**{key: line[key] for key in keys}, **line}
 
     for batch in batches:
         lines = [predictions.get(row["index"]) for row in batch]
         for row, line in zip(batch, lines):
-            if line and line["prompt"] != row["prompt"]:
-                raise BadInput(f"{path}: answers another question than {row['where']} asks: "
-                               "delete it to ask anew")
+            if line and (line["prompt"] != row["prompt"]
+                         or line.get("asked", row["asked"]) != row["asked"]):
+                raise BadInput(f"{path}: answers another question, picture or voice than "
+                               f"{row['where']} has, or is another model's: delete it to ask anew")
             if None in lines:
                 predictions.pop(row["index"], None)
     write_json_lines(path, predictions.values())
@@ -232,6 +240,11 @@ def predict(subject, settings, rows, path, args):
 
     path: JSONL to which each batch's answers are appended; "audio" is None without speech
     """
+    # What an answer depends on, and the file's name may not tell: "a/b" and "a_b" have one name.
+    for row in rows:
+        inputs = [subject.version, args.voice, *map(row.get, ("prompt", "aloud", "after", "image"))]
+        row["asked"] = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:16]
+
     # Questions of like length share a batch. Batches are the same each time, so an evaluation that
     # was interrupted ends with the same file as one that was not.
     ordered = sorted(rows, key=lambda row: len(row["prompt"]))
@@ -243,12 +256,13 @@ def predict(subject, settings, rows, path, args):
         if batch[0]["index"] in predictions:  # and so are the others: there are whole batches only
             continue
         samples = [bench_sample(row, subject.forms, settings, args) for row in batch]
-        answers = {"audio": [None] * len(batch), **subject.answer(samples, subject.forms)}
+        answers = {"text": [], "audio": [None] * len(batch),
+                   **subject.answer(samples, subject.forms)}
 
         # A batch is on disk before the next is asked.
-        lines = [{"index": row["index"], "prompt": row["prompt"], "answer": row["answer"],
-                  "text": text, "audio": audio}
-                 for row, text, audio in zip(batch, answers["text"], answers["audio"])]
+        lines = [{**{key: row[key] for key in ("index", "prompt", "answer", "asked")},
+                  **{key: values[i] for key, values in answers.items()}}
+                 for i, row in enumerate(batch)]
         with open(path, "a", encoding="utf-8") as out:
             out.writelines(json.dumps(line) + "\n" for line in lines)
         predictions |= {line["index"]: line for line in lines}
@@ -273,7 +287,9 @@ def score_subject(subject, files, args):
         for form in subject.forms:
             for row in rows:
                 row["prediction"] = predictions[row["index"]][form]
-            results[form][file.stem] = score(file.stem, rows)
+            remarks = [predictions[row["index"]].get(f"{form} remark") for row in rows]
+            remarks = Counter(f"answers {remark}" for remark in remarks if remark)
+            results[form][file.stem] = {**score(file.stem, rows), "remarks": remarks}
     return results
 
 

@@ -78,11 +78,15 @@ def text(row, name, default=None):
     return default if value is None or value != value else str(value)
 
 
-def need(row, name):
-    """Returns a cell's text. Raises BadInput if there is none."""
+def need(row, name, choices=()):
+    """Returns a cell's text; of choices, the one that it is in any case. Raises BadInput if none.
+    """
     value = text(row, name)
-    if value is None:
-        raise BadInput(f"{row.get('where', 'index ' + text(row, 'index', '?'))}: has no {name}")
+    if value is not None and choices:
+        value = value.strip().capitalize()
+    if value is None or choices and value not in choices:
+        wrong = f"has no {name}" if value is None else f"the {name} {value!r} is none that is known"
+        raise BadInput(f"{row.get('where', 'index ' + text(row, 'index', '?'))}: {wrong}")
     return value
 
 

@@ -26,6 +26,8 @@ def measures(results):
         for key in DETAILS.get(name, ()):
             if result[key] is not None:
                 details[f"{name}: {key}"] = result[key]
+        for remark, count in result["remarks"].items():
+            details[f"{name}: {remark} (how many)"] = count
     mean = {"mean": statistics.fmean(columns.values())} if columns else {}
     return {**columns, **mean, **details}
 

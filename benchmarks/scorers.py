@@ -13,6 +13,7 @@ A row is a dict, {column: cell}. `score` takes rows from anywhere, each with its
 import ast
 import functools
 import re
+import string
 from statistics import fmean
 
 from torchaudio.functional import edit_distance
@@ -99,7 +100,8 @@ def yes_no_scores(rows):
     "Unknown" counts as wrong, as it does without a judge.
     """
     replies = [yes_or_no(text(row, "prediction", "")) for row in rows]
-    right = [float(reply == need(row, "answer")) for row, reply in zip(rows, replies)]
+    right = [float(reply == need(row, "answer", ("Yes", "No")))
+             for row, reply in zip(rows, replies)]
 
     yes, unknown = replies.count("Yes"), replies.count("Unknown")
     answered = len(rows) - unknown
@@ -201,7 +203,8 @@ def option_letter(reply, choices):
 def score_realworldqa(rows):
     """Follows eval_vanilla without a judge: the share of right letters; "unknown share" is Z's."""
     letters = [option_letter(text(row, "prediction", ""), options(row)) for row in rows]
-    right = [float(letter == need(row, "answer")) for row, letter in zip(rows, letters)]
+    right = [float(letter == need(row, "answer", [*string.ascii_uppercase]))
+             for row, letter in zip(rows, letters)]
     return {"rows": right, "overall": percent(right),
             "unknown share": 100 * letters.count("Z") / len(letters)}
 

@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -135,7 +136,13 @@ def differences(there, here, free=()):
     free: keys that may differ. "" if all others agree
     """
     return ", ".join(f"{key} is {there[key]} there and {here[key]} here" for key in here
-                     if key not in free and key in there and there[key] != here[key])
+                     if key not in free and placed(there.get(key, here[key])) != placed(here[key]))
+
+
+def placed(setting):
+    """Returns a setting with its paths as the disk has them: "data/" is "data"."""
+    values = setting if isinstance(setting, list) else [setting]
+    return [os.path.realpath(value) if isinstance(value, str) else value for value in values]
 
 
 def check_same(run, config):
@@ -152,7 +159,8 @@ def place_for_answers(run):
     """Returns where a run's answers are kept; those of a model that is no run lie beside ours."""
     if finished(run):
         return Path(run)
-    parts = [part for part in Path(run).parts if part not in ("/", "..")]
+    path = os.path.abspath(run) if ".." in Path(run).parts else run
+    parts = [part for part in Path(path).parts if part != "/"]
     return Path("runs/asked") / "_".join(parts)
 
 
@@ -225,15 +233,26 @@ def listening_runs(args):
 
 
 def group_runs(paths):
-    """Returns {name: {seed: run}}. Raises BadInput if two runs have the same name and seed."""
+    """Returns {name: {seed: run}}. Runs that differ in more than the seed are named apart."""
     groups = {}
-    for run in paths:
-        label, seed = name(run), about(run)["training"]["seed"]
-        by_seed = groups.setdefault(label, {})
-        if seed in by_seed:
-            raise BadInput(f"{run}: {by_seed[seed]} is {label} of seed {seed}, too; name one only")
-        by_seed[seed] = run
-    return groups
+    for run in dict.fromkeys(map(str, paths)):
+        info = about(run)
+        seed = info["training"]["seed"]
+
+        # What seeds have in common. A path may tell the seed, too: "data-s0".
+        training = {**info["training"], "seed": None, "micro_batch": None}
+        base = None if finished(run) and info["base"] is None else str(source_of(run, "base"))
+        common = json.dumps([name(run), base, info["settings"], training], sort_keys=True)
+        common = re.sub(rf"(?<![a-z])s(eed)?[-_]?{seed}(?!\d)", "", common)
+        if seed in groups.get(common, {}):
+            common += run
+        groups.setdefault(common, {})[seed] = run
+
+    first = [next(iter(by_seed.values())) for by_seed in groups.values()]
+    names = [*map(name, first)]
+    names = [label if names.count(label) == 1 else f"{label} ({run})"
+             for label, run in zip(names, first)]
+    return dict(zip(names, groups.values()))
 
 
 def arguments(description):
