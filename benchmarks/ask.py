@@ -220,7 +220,7 @@ def read_predictions(path, batches):
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
         with at(f"{path}:{number}"):
             line = json.loads(line)
-            predictions[line["index"]] = {**{key: line[key] for key in keys}, **line}
+            predictions[line["index"]] = {**line, **{key: line[key] for key in keys}}
 
     for batch in batches:
         lines = [predictions.get(row["index"]) for row in batch]

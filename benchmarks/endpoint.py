@@ -57,7 +57,7 @@ class Server:
     def find_speech_form(self, sample):
         """Returns "input_audio" (OpenAI, vLLM) or "audio_url" (SGLang): what the server hears.
 
-        It hears if speech makes its prompt longer; one that does not count its prompt is believed.
+        It hears if speech makes its prompt longer. One that does not count its prompt is believed.
         Raises BadInput if it hears neither.
         """
         sample, tried = {**sample, "question": "Answer.", "after": "Answer."}, []
@@ -69,8 +69,9 @@ class Server:
                 tried.append(str(error))
                 continue
             tried.append(f"{spoken} prompt tokens with {speech}, {silent} without")
-            if None in (silent, spoken) or spoken > silent:
-                print(f"{self.url}: {tried[-1]}" + ("" if spoken else ": it may not hear"))
+            unknown = None in (silent, spoken)
+            if unknown or spoken > silent:
+                print(f"{self.url}: {tried[-1]}{': it may not hear' if unknown else ''}")
                 return speech
         raise BadInput(f"{self.url}: {self.model} does not hear: {'; '.join(tried)}")
 

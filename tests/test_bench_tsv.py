@@ -207,6 +207,61 @@ def test_answers_to_another_question_are_not_taken_for_this_one_s(copy):
     assert predictions.read_bytes() == before
 
 
+def test_answers_about_another_picture_are_not_taken_for_this_one_s(copy):
+    """A picture that changed under the same index and question kept the old one's answers."""
+    options = ["sft", "--bench", "tsv/DocVQA_VAL.tsv", "--max-new-tokens", 2]
+    assert run_here("eval.py", *options, cwd=copy).returncode == 0
+    path, = (copy / "sft/predictions").glob("*.jsonl")
+    before = path.read_bytes()
+    table = (copy / "tsv/DocVQA_VAL.tsv").read_text()
+    (copy / "tsv/DocVQA_VAL.tsv").write_text(table.replace(picture("blue"), picture("red")))
+    other = run_here("eval.py", *options, cwd=copy)
+    assert other.returncode == 1 and f"{path.name}: answers another question" in other.stderr
+    assert path.read_bytes() == before
+
+    # Answers of before there was a digest are taken, as the question is the same.
+    line = {key: value for key, value in json.loads(before).items() if key != "asked"}
+    path.write_text(json.dumps(line) + "\n")
+    assert run_here("eval.py", *options, cwd=copy).returncode == 0
+    assert json.loads(path.read_text()) == line
+
+
+def test_voices_whose_file_has_one_name_are_told_apart(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(ask, "speech", lambda *_: None)
+    subject = ask.Subject("a", "a", tmp_path, ("text",), lambda samples, forms: {
+        "text": ["red"] * len(samples)})
+    rows = ask.bench_rows(place / "tsv/TextVQA_VAL.tsv", None, "spoken")
+    args = SimpleNamespace(batch=None, voice="a/b", max_new_tokens=2)
+    path = ask.predictions_file(subject, {}, "TextVQA_VAL", "spoken", args)
+    path.parent.mkdir()
+    ask.predict(subject, {}, rows, path, args)
+    args.voice = "a_b"
+    assert ask.predictions_file(subject, {}, "TextVQA_VAL", "spoken", args) == path
+    with pytest.raises(BadInput, match="voice"):
+        ask.predict(subject, {}, rows, path, args)
+
+
+def test_two_bases_have_a_column_each_and_seeds_one(copy):
+    """They were averaged as if seeds: "base" 50.0 +- 10.0 of two models."""
+    for name in ("base", "sft"):
+        shutil.copytree(copy / name, copy / "other" / name)
+    about = json.loads((copy / "sft/ollm.json").read_text())
+    for folder, change in (("sft-s1", {"seed": 1, "data": ["d-s1"]}), ("tiles", {"max_tiles": 6})):
+        shutil.copytree(copy / "sft", copy / folder)
+        training = {**about["training"], "data": ["d-s0"], "max_tiles": 1, **change}
+        (copy / folder / "ollm.json").write_text(json.dumps({**about, "training": training}))
+    training = {**about["training"], "data": ["d-s0"], "max_tiles": 1}
+    (copy / "sft/ollm.json").write_text(json.dumps({**about, "training": training}))
+    asked = ["base", "other/base", "sft", "other/sft", "sft-s1", "tiles", "sft"]
+    done = run_here("eval.py", *asked, "--bench", "tsv/DocVQA_VAL.tsv", "--max-new-tokens", 1,
+                    cwd=copy)
+    assert done.returncode == 0, done.stderr
+    table = json.loads((copy / "runs/report/benchmarks.json").read_text())["table"]
+    assert {name: len(seeds) for name, seeds in table.items()} == {
+        "base (base)": 1, "base (other/base)": 1, "SFT (sft)": 2, "SFT (other/sft)": 1,
+        "SFT (tiles)": 1}
+
+
 def test_weights_that_changed_are_asked_anew(copy):
     options = ["sft", "--bench", "tsv/DocVQA_VAL.tsv", "--max-new-tokens", 2]
     assert run_here("eval.py", *options, cwd=copy).returncode == 0
@@ -287,12 +342,19 @@ BROKEN = [{"index": 0, "image": "x" * 99, "question": "why", "answer": "x"}]
     (["sft", "--bench", "DocVQA_VAL.tsv"], "DocVQA_VAL.tsv:2"),
     (["sft", "--bench", "InfoVQA_VAL.tsv"], "InfoVQA_VAL.tsv:2"),
     (["--bench", "tsv", "--endpoint", "http://localhost:1/v1"], "--model"),
+    (["sft", "--bench", "tsv", "--endpoint", "http://localhost:1/v1", "--model", "SFT"],
+     "--model SFT"),
+    (["sft", "--bench", "tsv/MME.tsv", "tsv"], "MME.tsv"),
+    (["sft", "--bench", "HallusionBench.tsv"], "HallusionBench.tsv:3"),
     (["--bench", "tsv", "--endpoint", "localhost:1", "--model", "omni"], "localhost:1")])
 def test_what_cannot_be_asked_is_one_clear_line(copy, arguments, name):
     (copy / "none").mkdir()
     (copy / "MME.tsv").write_text("a\tb\n1\t2\n")
     write_tsv(copy / "DocVQA_VAL.tsv", TOO_LONG)
     write_tsv(copy / "InfoVQA_VAL.tsv", BROKEN)
+    write_tsv(copy / "HallusionBench.tsv", [
+        {"index": f"VD_ocr_1_0_0_{i}", "l2-category": "VD_ocr", "image": picture("red"),
+         "question": "Is it?", "answer": answer} for i, answer in enumerate(("Yes", "True"))])
     done = run_here("eval.py", *arguments, cwd=copy)
     error, = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert done.returncode == 1 and name in error and "Traceback" not in done.stderr

@@ -229,6 +229,29 @@ def test_missing_cells_and_replies_do_not_stop_scoring():
     assert score("ChartQA_TEST", rows) == {"rows": [1], "overall": 100}
 
 
+@pytest.mark.parametrize("benchmark, answer, reply", [
+    ("MME", "yes", "Yes."), ("MME", "NO", "no"), ("HallusionBench", " Yes ", "yes"),
+    ("RealWorldQA", "b", "B"), ("RealWorldQA", " B", "B.")])
+def test_true_answers_count_in_any_case(benchmark, answer, reply):
+    """They scored 0, whatever the reply."""
+    row = {"index": "VD_ocr_1_0_0_1", "l2-category": "VD_ocr", "category": "count", "A": "one",
+           "image": "i", "B": "two", "answer": answer, "prediction": reply}
+    other = {**row, "prediction": "Yes" if "n" in reply else "no A"}
+    assert score(benchmark, [row, other])["rows"] == [1, 0]
+
+
+@pytest.mark.parametrize("benchmark", ["MME", "HallusionBench", "RealWorldQA"])
+@pytest.mark.parametrize("answer", [1, "0", True, "False", "y", "Yes, it is", "ja", "two"])
+def test_true_answers_that_no_reply_can_match_are_named(benchmark, answer):
+    row = {"index": "VD_ocr_1_0_0_1", "l2-category": "VD_ocr", "category": "count", "A": "one",
+           "image": "i", "B": "two", "where": "MME.tsv:7"}
+    good = {**row, "answer": "B" if benchmark == "RealWorldQA" else "No"}
+    if (benchmark, answer) == ("RealWorldQA", "y"):
+        answer = "yy"  # Y might be an option's letter
+    with pytest.raises(BadInput, match="MME.tsv:7: the answer '"):
+        score(benchmark, [good, {**row, "answer": answer}])
+
+
 @pytest.mark.parametrize("benchmark, rows, place", [
     ("MMBench", [{}], "MMBench"), ("MME", [], "MME"), ("DocVQA_VAL", [], "DocVQA_VAL"),
     ("DocVQA_VAL", [{"index": "7", "prediction": "x"}], "index 7"),

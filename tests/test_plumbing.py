@@ -3,10 +3,12 @@
 import errno
 import fcntl
 import json
+import shutil
 
 import pytest
 from conftest import build_internvl2, run_here
 
+from analysis.sweep import scores_of
 from plumbing import runs
 from plumbing.files import BadInput, only_writer, readable_errors
 
@@ -53,6 +55,7 @@ def test_a_folder_without_a_model_never_stands_for_a_hub_id(tmp_path, monkeypatc
     with pytest.raises(BadInput, match="Hugging Face"):  # the tests are offline
         runs.fetch(hub_id)
     assert runs.place_for_answers(hub_id).parts[:2] == ("runs", "asked")
+    assert runs.place_for_answers("../m") != runs.place_for_answers("m"), "two models, two places"
 
 
 def test_mmalign_asks_a_model_that_is_no_run(world, tmp_path):
@@ -63,6 +66,76 @@ def test_mmalign_asks_a_model_that_is_no_run(world, tmp_path):
     assert done.returncode == 0 and "relation" in done.stdout, done.stderr
     assert sorted(path.name for path in model.iterdir()) == before
     assert len(list((tmp_path / "runs/asked").glob("*/answers-MMAlign.jsonl"))) == 1
+
+
+def test_a_run_that_is_read_only_still_has_its_table(world, start, tmp_path):
+    """All was asked, and then the answers could not be written."""
+    shutil.copytree(start, tmp_path / "runs")
+    (tmp_path / "runs/audio/answers-mean.jsonl").mkdir()  # as root, a folder can be written anyway
+    done = run_here("eval.py", "runs/base", "runs/audio", "--data", world / "test", "--n", 2,
+                    cwd=tmp_path)
+    assert done.returncode == 0 and "| aligned, audio |" in done.stdout, done.stderr
+    line, = [line for line in done.stderr.splitlines() if "answers" in line]
+    assert line.startswith("runs/audio: its answers are not kept: ")
+    assert (tmp_path / "runs/base/answers-mean.jsonl").exists()
+
+
+def config(**changes):
+    """What a run's ollm.json tells of its training, with the paths of a seed."""
+    seed = changes.get("seed", 0)
+    return {"stage": "vision-audio", "alpha": 0.75, "on_policy": 0.0, "temperature": 1.0,
+            "lr": 1e-3, "micro_batch": 8, "data": [f"runs/x/data-s{seed}"], **changes}
+
+
+def write_run(folder, base="../base", **changes):
+    """A run, as far as tables need it."""
+    about = {"settings": {}, "base": base, "training": config(**{"seed": 0, **changes})}
+    folder.mkdir(parents=True)
+    (folder / "ollm.json").write_text(json.dumps(about))
+    return str(folder)
+
+
+def test_only_seeds_of_one_training_are_averaged(tmp_path):
+    """Two "KD 0.75" of other bases or tiles were one column, with a deviation over "seeds"."""
+    for part in ("1b/base", "2b/base"):
+        write_run(tmp_path / part, base=None, stage="vision-text")
+    seeds = [write_run(tmp_path / f"1b/kd-s{seed}", seed=seed, micro_batch=2 + seed,
+                       init=f"runs/x/audio-text_seed{seed}") for seed in range(11)]
+    assert runs.group_runs([*seeds, seeds[0]]) == {"KD 0.75": dict(enumerate(seeds))}
+
+    others = [write_run(tmp_path / "2b/kd-s1", seed=1, init="runs/x/audio-text_seed1"),
+              write_run(tmp_path / "1b/tiles", seed=12, max_tiles=6, data=["runs/x/data-s12"]),
+              write_run(tmp_path / "1b/rate", seed=13, lr=1e-4),
+              write_run(tmp_path / "1b/data", seed=14, data=["prepared/other"]),
+              write_run(tmp_path / "1b/again", seed=0, init="runs/x/audio-text_seed0")]
+    groups = runs.group_runs([seeds[0], *others, seeds[1]])
+    assert groups == {f"KD 0.75 ({seeds[0]})": {0: seeds[0], 1: seeds[1]},
+                      **{f"KD 0.75 ({run})": {seed: run}
+                         for run, seed in zip(others, (1, 12, 13, 14, 0))}}
+    sft = write_run(tmp_path / "1b/sft", alpha=0.0)
+    assert list(runs.group_runs([seeds[0], sft])) == ["KD 0.75", "SFT"]
+
+
+def test_a_sweep_is_of_one_training_for_each_alpha(tmp_path):
+    write_run(tmp_path / "kd-s0")
+    write_run(tmp_path / "kd-s1", seed=1, lr=1e-4)
+    with pytest.raises(BadInput, match=r"another run.*KD 0.75 \("):
+        scores_of(tmp_path)
+
+
+@pytest.mark.parametrize("there", ["data", "data/", "./data", "x/../data", "link", "{}/data"])
+def test_a_training_is_the_same_however_its_folders_are_spelled(there, tmp_path, monkeypatch):
+    """data/ in place of data was "the finished run of another training"."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x").mkdir()
+    (tmp_path / "data").mkdir()
+    (tmp_path / "link").symlink_to("data")
+    write_run(tmp_path / "run", data=["data", "more"], init="data")
+    there = there.format(tmp_path)
+    runs.check_same("run", config(seed=0, data=[there, "more/"], init=there))
+    for other in (["data"], ["more", "data"], ["data", "x"]):
+        with pytest.raises(BadInput, match="another training .data is"):
+            runs.check_same("run", config(seed=0, data=other, init="data"))
 
 
 def test_what_an_earlier_run_answered_is_not_this_run_s(world, start, tmp_path):
