@@ -189,7 +189,8 @@ def run_subject(run, name, args):
         settings["max_tiles"] = args.max_tiles
 
     # A run that is trained anew in the same folder, or on another base, is asked anew.
-    weights = runs.fingerprint(run) + info.get("base_fingerprint", "")
+    sources = [info.get(f"{part}_fingerprint", "") for part in ("base", "whisper")]
+    weights = "".join([runs.fingerprint(run), *sources])
     return Subject(
         label=str(run), name=name, folder=runs.place_for_answers(run),
         forms=("text",) if ollm.audio_encoder is None else ("text", "audio"),
