@@ -30,7 +30,7 @@ from benchmarks import ask, words
 from benchmarks.scorers import score  # noqa: F401 (eval.score: for answers at hand)
 from model import OLLM
 from plumbing import prepared, runs
-from plumbing.files import BadInput, at, readable_errors, write_json_lines
+from plumbing.files import BadInput, at, at_least, readable_errors, write_json_lines
 from plumbing.media import MAX_SECONDS, load_speech, speak
 from plumbing.prepared import how_asked
 from plumbing.tables import print_summaries, seed_interval
@@ -285,10 +285,10 @@ def report_folder(args, rows):
 def arguments(description):
     """Returns the argument parser that eval.py and mmalign.py share."""
     parser = runs.arguments(description)
-    parser.add_argument("--show", type=int, default=0, help="print so many of each run's answers")
-    parser.add_argument("--max-tiles", type=int, help="squares that a picture is cut into")
-    parser.add_argument("--batch", type=int, help="questions answered at once (default: 8; the "
-                        "built-in world's tiny models 100); to a server, so many requests")
+    parser.add_argument("--show", type=at_least(0), default=0, help="print so many answers a run")
+    parser.add_argument("--max-tiles", type=at_least(1), help="squares that a picture is cut into")
+    parser.add_argument("--batch", type=at_least(1), help="questions answered at once (default: 8; "
+                        "the built-in world's tiny models 100); to a server, so many requests")
     return parser
 
 

@@ -31,7 +31,7 @@ from pathlib import Path
 
 from eval import arguments, report
 from plumbing import prepared, runs
-from plumbing.files import BadInput, at, read_json, readable_errors
+from plumbing.files import BadInput, at, at_least, read_json, readable_errors
 from plumbing.media import HELD_OUT_VOICES, load_image, save_png
 from real import speech
 from world import shapes
@@ -219,8 +219,8 @@ def build_arguments(words):
     add("--attribution", required=True, help="ARO's visual_genome_attribution.json")
     add("--images", required=True, help="folder of their pictures (unpacked vgr_vga_images.zip)")
     add("--out", required=True, help="the prepared folder")
-    add("--seed", type=int, default=0, help="of the draw and the voices")
-    add("--n", type=int, default=300, help="questions of each kind, an even number")
+    add("--seed", type=at_least(0, 2**32), default=0, help="of the draw and the voices")
+    add("--n", type=at_least(2), default=300, help="questions of each kind, an even number")
     add("--run", help="a run: who spoke in its training speaks here (--tts, --voice override)")
     speech.add_voice_arguments(add, None)
     args = parser.parse_args(words)

@@ -31,7 +31,8 @@ import data
 from model import start_model
 from plumbing import processes, runs
 from plumbing.checkpoint import Resumable
-from plumbing.files import BadInput, enough_memory, only_writer, readable_errors
+from plumbing.files import BadInput, at_least, enough_memory, only_writer, readable_errors
+from plumbing.media import MAX_SECONDS
 from real.families import BASES
 from world.lessons import lessons
 from world.make import make_if_missing
@@ -78,37 +79,35 @@ def parse_arguments():
     # What to train
     add("--preset", choices=PRESETS, default="shapes", help="which models and settings")
     add("--stage", choices=STAGES, default="vision-audio", help="what to train")
-    add("--alpha", type=float, default=0.75, help="weight of the KL: 0 is SFT, 1 KD alone")
-    add("--temperature", type=float, default=1.0, help="of both distributions in the KL")
+    add("--alpha", type=at_least(0.0, 1.0), default=0.75, help="weight of the KL; 0 is SFT, 1 KD")
+    add("--temperature", type=at_least(1e-3), default=1.0, help="of both distributions in the KL")
     add("--train", choices=["audio", "projector"], default="audio", help="what learns: audio "
         "encoder and projector, as in the paper, or the projector alone")
-    add("--on-policy", type=float, default=0.0, metavar="P", help="share of the steps that "
-        "take the student's own greedy answers instead of the data's, with alpha 1")
-    add("--seed", type=int, default=0, help="of the start, the order and the built-in data")
+    add("--on-policy", type=at_least(0.0, 1.0), default=0.0, metavar="P", help="share of steps "
+        "that take the student's own greedy answers instead of the data's, with alpha 1")
+    add("--seed", type=at_least(0, 2**32), default=0, help="of start, order and built-in data")
     # Where things lie
     add("--data", nargs="+", help="prepared folders (default: the built-in world's)")
     add("--init", help="run to start from; for audio-text also an LVLM's folder or hub id")
     add("--whisper", help="folder or hub id of the Whisper that audio-text starts from")
     add("--out", help="run folder that the stage leaves")
     # Optimization (default: the preset's)
-    add("--lr", type=float, help="peak learning rate")
-    add("--global-batch", type=int, help="samples a step, over all processes")
-    add("--micro-batch", type=int, help="samples a forward pass")
-    add("--max-steps", type=int, help="stop early; the cosine keeps its full length")
+    add("--lr", type=at_least(1e-9), help="peak learning rate")
+    add("--global-batch", type=at_least(1), help="samples a step, over all processes")
+    add("--micro-batch", type=at_least(1), help="samples a forward pass")
+    add("--max-steps", type=at_least(1), help="stop early; the cosine keeps its full length")
     # Inputs
-    add("--max-tiles", type=int, help="squares that a picture is cut into, thumbnail aside")
-    add("--audio-seconds", type=float, help="pad speech to so many seconds; 30 is plain Whisper")
+    add("--max-tiles", type=at_least(1), help="squares that a picture is cut into, thumbnail aside")
+    add("--audio-seconds", type=at_least(0.0, MAX_SECONDS), help="pad speech; 30 is plain Whisper")
     # Machine
     add("--device", choices=["cpu", "cuda", "mps"], help="default: cuda if there is one")
-    add("--workers", type=int, default=4, help="processes that read ahead for each GPU")
-    add("--save-every", type=int, default=500, help="steps between checkpoints")
+    add("--workers", type=at_least(0), default=4, help="processes that read ahead for each GPU")
+    add("--save-every", type=at_least(1), default=500, help="steps between checkpoints")
     args = parser.parse_args()
     if args.stage not in PRESETS[args.preset]:
         parser.error(f"the preset {args.preset} has no stage {args.stage}: its LVLM comes trained")
     if args.stage == "vision-text" and (args.init or args.whisper):
         parser.error("the stage vision-text starts from nothing: no --init, no --whisper")
-    if not (0 <= args.alpha <= 1 and 0 <= args.on_policy <= 1):
-        parser.error(f"--alpha and --on-policy lie between 0 and 1: {args.alpha}, {args.on_policy}")
     runs.check_whisper(args)
     return args
 

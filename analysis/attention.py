@@ -37,7 +37,7 @@ import data
 from data import IGNORE
 from model import OLLM
 from plumbing import processes, runs, tables
-from plumbing.files import BadInput, readable_errors
+from plumbing.files import BadInput, at_least, readable_errors
 from real.families import prefix_positions, turn_ids
 from world import shapes
 
@@ -277,7 +277,7 @@ def draw_attention(results, key, path):
 def arguments(description):
     """Returns the argument parser that attention.py and probe.py share."""
     parser = runs.arguments(description)
-    parser.add_argument("--batch", type=int, default=8, help="items in one pass")
+    parser.add_argument("--batch", type=at_least(1), default=8, help="items in one pass")
     return parser
 
 

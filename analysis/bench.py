@@ -58,7 +58,7 @@ from data import AUDIO_SLOT, IGNORE
 from loss import self_kd_loss
 from model import OLLM
 from plumbing import processes, tables
-from plumbing.files import readable_errors
+from plumbing.files import at_least, readable_errors
 from real.checkpoints import native_config
 from real.families import lvlm_settings
 from world.models import build_audio_encoder, build_lvlm
@@ -420,23 +420,23 @@ def parse_arguments():
     add = parser.add_argument
     add("--size", choices=["internvl2-1b", "shapes"], default="internvl2-1b",
         help="the real models' widths, or the built-in world's models")
-    add("--layers", type=float, default=0.25, help="share of the real models' layers; 1 is all")
-    add("--tiles", type=int, nargs="+", default=[1, 7], help="squares of a picture")
-    add("--seconds", type=float, default=4.0, help="length of a spoken question, up to 30")
-    add("--question", type=int, default=16, help="tokens of a written question")
-    add("--answer", type=int, default=40, help="tokens of an answer, with its end mark")
-    add("--batch", type=int, default=1, help="samples a step")
-    add("--rounds", type=int, default=3, help="how often each step is timed")
+    add("--layers", type=at_least(0.0, 1.0), default=0.25, help="share of the real models' layers")
+    add("--tiles", type=at_least(1), nargs="+", default=[1, 7], help="squares of a picture")
+    add("--seconds", type=at_least(0.1, 30.0), default=4.0, help="length of a spoken question")
+    add("--question", type=at_least(1), default=16, help="tokens of a written question")
+    add("--answer", type=at_least(1), default=40, help="tokens of an answer, with its end mark")
+    add("--batch", type=at_least(1), default=1, help="samples a step")
+    add("--rounds", type=at_least(1), default=3, help="how often each step is timed")
     add("--device", choices=["cpu", "cuda"], help="default: cuda if there is one",
         default="cuda" if torch.cuda.is_available() else "cpu")
     add("--json", action="store_true", help="print one line of JSON last")
     add("--plan", action="store_true", help="measure nothing: compute what the paper's trainings "
         "take for each of its bases, by default on eight A100s")
-    add("--cards", type=int, default=8, help="with --plan: how many")
-    add("--gb", type=float, default=80.0, help="with --plan: memory of a card")
-    add("--peak-tflops", type=float, default=312.0, help="with --plan: a card's peak in bfloat16, "
-        "by its data sheet")
-    add("--peak-share", type=float, default=0.4, help="with --plan: of its peak, that a card does")
+    add("--cards", type=at_least(1), default=8, help="with --plan: how many")
+    add("--gb", type=at_least(1.0), default=80.0, help="with --plan: memory of a card")
+    add("--peak-tflops", type=at_least(1.0), default=312.0, help="with --plan: a card's peak in "
+        "bfloat16, by its data sheet")
+    add("--peak-share", type=at_least(0.01, 1.0), default=0.4, help="with --plan: used of it")
     add("--whisper", choices=WHISPERS, default="large-v3", help="with --plan: which one listens")
     add("--train", choices=["audio", "projector"], default="audio", help="with --plan: train.py's")
     add("--peak", choices=STEPS, help="print the memory (bytes) of one such step and nothing else")

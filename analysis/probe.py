@@ -39,7 +39,7 @@ from data import AUDIO_SLOT, IGNORE
 from eval import score_answer
 from model import OLLM
 from plumbing import runs, tables
-from plumbing.files import BadInput, readable_errors
+from plumbing.files import BadInput, at_least, readable_errors
 from world import shapes
 
 CUTS = {"query -/-> vision": ("query", VISION), "answer -/-> query": ("response", QUERY),
@@ -328,8 +328,8 @@ def print_results(results):
 def main():
     parser = attention.arguments(__doc__)
     parser.set_defaults(out="runs/probe")
-    parser.add_argument("--window", type=int, default=1, help="layers that a knockout cuts at once")
-    parser.add_argument("--top", type=int, default=5, help="likeliest words of an audio token")
+    parser.add_argument("--window", type=at_least(1), default=1, help="layers cut at once")
+    parser.add_argument("--top", type=at_least(1), default=5, help="likely words of an audio token")
     args = parser.parse_args()
     results, out = {}, Path(args.out)
     for name, by_seed in runs.group_runs(runs.listening_runs(args)).items():

@@ -19,7 +19,7 @@ import data
 from eval import batch_size
 from model import OLLM
 from plumbing import prepared, runs
-from plumbing.files import json_lines, link, read_json, readable_errors
+from plumbing.files import at_least, json_lines, link, read_json, readable_errors
 from plumbing.processes import default_device
 
 
@@ -67,7 +67,7 @@ def main():
     add("base", help="who answers: a run, or an LVLM's folder or hub id")
     add("folder", help="the prepared folder; its lines need a written question")
     add("--out", required=True, help="the new folder")
-    add("--batch", type=int, help="questions answered at once")
+    add("--batch", type=at_least(1), help="questions answered at once")
     add("--device", choices=["cpu", "cuda", "mps"], default=default_device(),
         help="default: cuda if there is one")
     args = parser.parse_args()

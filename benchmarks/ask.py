@@ -30,7 +30,7 @@ from benchmarks.scorers import BENCHMARKS, score
 from data import picture_inputs
 from model import OLLM
 from plumbing import runs
-from plumbing.files import BadInput, at, only_writer, write_json_lines, write_text
+from plumbing.files import BadInput, at, at_least, only_writer, write_json_lines, write_text
 from plumbing.media import MAX_SECONDS, SAMPLE_RATE, VOICES, load_audio, save_sound, speak
 from plumbing.tables import print_summaries
 from real.speech import MMS_VOICE, speak_mms
@@ -52,7 +52,7 @@ def add_arguments(parser):
     add("--voice", help="a voice of espeak-ng, or an MMS model's folder or hub id (default: as in "
         "training)")
     add("--speech", default="runs/speech", help="folder that keeps the benchmarks' speech")
-    add("--max-new-tokens", type=int, default=64, help="of an answer, in benchmarks")
+    add("--max-new-tokens", type=at_least(1), default=64, help="of an answer, in benchmarks")
     add("--vlmevalkit-tiles", action="store_true",
         help="tiles as VLMEvalKit had them: InternVL2 6 to 24, Qwen2-VL 5 to 64 in one picture")
     add("--endpoint", metavar="URL", help="ask an OpenAI-compatible chat server (.../v1), too")

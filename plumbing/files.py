@@ -1,10 +1,12 @@
 """Files that are whole or absent, folders and files with one writer, and errors in one line."""
 
+import argparse
 import contextlib
 import csv
 import glob
 import gzip
 import json
+import math
 import os
 import re
 import secrets
@@ -85,6 +87,18 @@ def one_line(error, most=1000):
     text = re.sub(r"(?s)^Caught BadInput in DataLoader.*BadInput: ", "", str(error))
     text = " ".join(text.split()) or type(error).__name__
     return text if len(text) <= most else f"{text[:most]} ..."
+
+
+def at_least(low, most=math.inf):
+    """Returns argparse's type for a finite number from `low` to `most`, of the kind that low is."""
+    def read(text):
+        value = type(low)(text)
+        if not low <= value <= most or value == math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {most}")
+        return value
+
+    read.__name__ = type(low).__name__  # stands in the error for what is no number
+    return read
 
 
 # ---- reading -------------------------------------------------------------------------------------

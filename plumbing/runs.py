@@ -10,7 +10,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from safetensors.torch import save_file
 
-from plumbing.files import BadInput, at, json_lines, read_json, written_folder
+from plumbing.files import BadInput, at, at_least, json_lines, read_json, written_folder
 from plumbing.processes import default_device
 
 # ---- one run -------------------------------------------------------------------------------------
@@ -262,10 +262,10 @@ def arguments(description):
     add = parser.add_argument
     add("runs", nargs="*", help="run folders (default: the chain of --preset and --seed)")
     add("--preset", default="shapes", help="whose runs, if none are named")
-    add("--seed", type=int, default=0, help="whose runs, if none are named")
+    add("--seed", type=at_least(0, 2**32), default=0, help="whose runs, if none are named")
     add("--whisper", help="train.py's, whose runs, if none are named")
     add("--data", help="prepared folder of questions (default: the test part of each run's seed)")
-    add("--n", type=int, help="take only the first so many questions")
+    add("--n", type=at_least(1), help="take only the first so many questions")
     add("--out", default="runs/report", help="folder for tables and pictures")
     add("--device", choices=["cpu", "cuda", "mps"], help="default: cuda if there is one",
         default=default_device())

@@ -21,7 +21,16 @@ from tempfile import TemporaryDirectory
 import soundfile
 import torchaudio
 
-from plumbing.files import BadInput, at, json_lines, link, only_writer, read_json, table_rows
+from plumbing.files import (
+    BadInput,
+    at,
+    at_least,
+    json_lines,
+    link,
+    only_writer,
+    read_json,
+    table_rows,
+)
 from plumbing.media import SAMPLE_RATE, load_image, load_speech, save_sound
 from plumbing.prepared import attempt, check_inside, check_names, in_parallel, pick, prepare, write
 from real.speech import LONGEST_QUESTION, SILENT, add_voice_arguments, speak_all, spoken_text
@@ -286,8 +295,8 @@ def add_commands(commands):
     def command(name, help, make, tasks=None):
         sub = commands.add_parser(name, help=help)
         sub.add_argument("--out", required=True, help="the prepared folder")
-        sub.add_argument("--n", type=int, help="take so many, drawn by --seed (default: all)")
-        sub.add_argument("--seed", type=int, default=0, help="of the draw and the voices")
+        sub.add_argument("--n", type=at_least(1), help="take so many, drawn by --seed; or all")
+        sub.add_argument("--seed", type=at_least(0, 2**32), default=0, help="of draw and voices")
         sub.set_defaults(run=lambda args: prepare(args, make), tasks=tasks)
         return sub.add_argument
 

@@ -438,6 +438,22 @@ COMMANDS = """
     TRAIN --out run/ollm.json; TRAIN --out base; TRAIN --out /proc/x; TRAIN --data part run
     TRAIN --alpha nan; TRAIN --seed x; ALIGN --whisper internvl2; ALIGN --whisper part
     ALIGN --init whisper; ALIGN --init nowhere; data.py check nowhere; data.py check run
+    TRAIN --max-steps 0; TRAIN --max-steps -1; TRAIN --max-steps 1.5; TRAIN --save-every 0
+    TRAIN --save-every -1; TRAIN --audio-seconds 40; TRAIN --audio-seconds nan; TRAIN --lr nan
+    TRAIN --audio-seconds -1; TRAIN --audio-seconds inf; TRAIN --workers -1; TRAIN --micro-batch 0
+    TRAIN --micro-batch -2; TRAIN --global-batch 0; TRAIN --lr 0; TRAIN --lr -0.1; TRAIN --lr inf
+    TRAIN --temperature 0; TRAIN --temperature -1; TRAIN --temperature nan; TRAIN --max-tiles 0
+    TRAIN --temperature inf; TRAIN --max-tiles -1; TRAIN --alpha 1.5; TRAIN --on-policy -0.1
+    TRAIN --on-policy nan; TRAIN --seed -1; TRAIN --seed 99999999999999999999
+    eval.py run --n 0; eval.py run --n -1; eval.py run --max-tiles 0; eval.py run --batch 0
+    eval.py run --batch -1; eval.py run --show -1; eval.py run --bench MME.tsv --max-new-tokens 0
+    data.py shapes --n 0; data.py shapes --n -5; data.py shapes --scenes 0; data.py shapes --test 0
+    data.py shapes --clips -1; data.py shapes --label-noise 1.5; data.py shapes --label-noise nan
+    data.py shapes --other-hand -1; data.py librispeech --root part --out out --n 0
+    data.py librispeech --root part --out out --n -3
+    data.py librispeech --root part --out out --seed 99999999999999999999
+    mmalign.py build --images part --relation x --attribution x --out out --n 0
+    mmalign.py build --images part --relation x --attribution x --out out --n -2
     data.py speak red --out part; data.py speak red --out x.y; data.py shapes --out run/ollm.json
 """
 

@@ -20,7 +20,7 @@ import json
 import random
 from pathlib import Path
 
-from plumbing.files import BadInput, written_whole
+from plumbing.files import BadInput, at_least, written_whole
 from plumbing.media import HELD_OUT_VOICES, VOICES, save_png, save_speech
 from plumbing.prepared import in_parallel, make_once
 from plumbing.processes import run_script
@@ -137,15 +137,16 @@ def add_command(commands):
     """Adds the subcommand `shapes` to data.py."""
     sub = commands.add_parser("shapes", help="make the built-in world")
     add = sub.add_argument
-    add("--seed", type=int, default=0, help="what is drawn, asked and spoken")
+    add("--seed", type=at_least(0, 2**32), default=0, help="what is drawn, asked and spoken")
     add("--out", help="folder for the parts (default: runs/shapes/data-s<seed>)")
     add("--parts", nargs="+", default=PARTS, choices=PARTS, help="which parts to make")
-    add("--scenes", type=int, default=16000,
+    add("--scenes", type=at_least(1), default=16000,
         help="pictures with written questions, or one in eight text alone (vision-text)")
-    add("--clips", type=int, default=12000, help="spoken sentences (audio-text)")
-    add("--n", type=int, default=6400, help="spoken questions about pictures (vision-audio)")
-    add("--test", type=int, default=800, help="held-out spoken questions (test)")
-    add("--label-noise", type=float, default=0.0, help="share of wrong answers (vision-audio)")
-    add("--other-hand", type=float, default=0.5,
+    add("--clips", type=at_least(1), default=12000, help="spoken sentences (audio-text)")
+    add("--n", type=at_least(1), default=6400, help="spoken questions on pictures (vision-audio)")
+    add("--test", type=at_least(1), default=800, help="held-out spoken questions (test)")
+    add("--label-noise", type=at_least(0.0, 1.0), default=0.0,
+        help="share of wrong answers (vision-audio)")
+    add("--other-hand", type=at_least(0.0, 1.0), default=0.5,
         help="share of answers in another writer's words (vision-audio)")
     sub.set_defaults(run=make)
