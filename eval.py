@@ -31,7 +31,7 @@ from benchmarks.scorers import score  # noqa: F401 (eval.score: for answers at h
 from model import OLLM
 from plumbing import prepared, runs
 from plumbing.files import BadInput, at, at_least, readable_errors, write_json_lines
-from plumbing.media import MAX_SECONDS, load_speech, speak
+from plumbing.media import MAX_SECONDS, speak
 from plumbing.prepared import how_asked
 from plumbing.tables import print_summaries, seed_interval
 from world import answers as judge
@@ -104,7 +104,7 @@ def answer_question(args):
 
     An aligned run also says what it heard.
     """
-    wave = load_speech(args.audio) if args.audio else speak(args.question)[0]
+    wave = data.load_audio(args.audio) if args.audio else speak(args.question)[0]
     if len(wave) > MAX_SECONDS * data.SAMPLE_RATE:
         raise BadInput(f"the question takes over {MAX_SECONDS} s to say, Whisper hears no more")
 

@@ -19,7 +19,8 @@ import data
 from eval import batch_size
 from model import OLLM
 from plumbing import prepared, runs
-from plumbing.files import at_least, json_lines, link, read_json, readable_errors
+from plumbing.files import at_least, json_lines, read_json, readable_errors
+from plumbing.media import link
 from plumbing.processes import default_device
 
 

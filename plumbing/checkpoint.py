@@ -21,7 +21,7 @@ from tqdm import tqdm
 from plumbing.files import BadInput, at, written_whole
 from plumbing.processes import (
     all_sum,
-    gather,
+    broadcast,
     ignore_interrupts,
     is_main,
     noted_signals,
@@ -67,11 +67,10 @@ class Resumable:
 
     def read(self):
         """Returns how many steps the checkpoint has taken; 0 without one."""
-        for config in gather(self.config):
-            other = differences(config, self.config)
-            if other:
-                raise BadInput(f"{self.out}: processes see different things ({other}); all need "
-                               "the same command, and the same files in their places")
+        other = differences(broadcast(self.config), self.config)
+        if all_sum([bool(other)], self.device) != [0]:
+            raise BadInput(f"{self.out}: not all processes see the same: "
+                           f"{other or 'another tells what'}")
         first = self.load() if self.path.exists() else 0
         if all_sum([first], self.device) != [first * world_size()]:
             raise BadInput(f"{self.out}: not all processes find the same checkpoint; all machines "

@@ -91,14 +91,12 @@ def one_line(error, most=1000):
 
 def at_least(low, most=math.inf):
     """Returns argparse's type for a finite number from `low` to `most`, of the kind that low is."""
-    def read(text):
+    def number(text):
         value = type(low)(text)
-        if not low <= value <= most or value == math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {most}")
-        return value
-
-    read.__name__ = type(low).__name__  # stands in the error for what is no number
-    return read
+        if low <= value <= most and value < math.inf:
+            return value
+        raise argparse.ArgumentTypeError(f"{text} is not between {low} and {most}")
+    return number
 
 
 # ---- reading -------------------------------------------------------------------------------------
@@ -180,15 +178,6 @@ def written_whole(path, sync=False):
             flush_to_disk(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def link(source, target):
-    """Gives a file a second name, which takes no disk space, or copies it where that cannot be."""
-    with written_whole(target) as temporary:
-        try:
-            os.link(os.path.realpath(source), temporary)
-        except OSError:
-            shutil.copyfile(source, temporary)
 
 
 def write_text(path, text):

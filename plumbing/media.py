@@ -4,9 +4,12 @@ import _ctypes
 import ctypes
 import functools
 import math
+import os
 import re
+import shutil
 import warnings
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import espeakng_loader
 import numpy as np
@@ -41,12 +44,11 @@ def load_image(file):
     name = f" {file}" if isinstance(file, (str, Path)) else ""
     with at(f"cannot read the image{name}"):
         with warnings.catch_warnings(action="ignore"), Image.open(file, formats=PICTURES) as image:
-            # `convert` makes white of all above 255, and black of a scale from 0 to 1.
-            if image.mode.startswith("I;16"):
-                return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-            low, high = image.getextrema() if image.mode in ("I", "F") else (0, 255)
-            if not (low >= 0 and 1 < high <= 255):
-                raise BadInput(f"its grey levels go from {low:g} to {high:g}, not from 0 to 255")
+            if image.mode[0] in "IF":  # grey of more than 8 bits, which `convert` cuts off at 255
+                levels = np.float32(image) / (256 if ";16" in image.mode else 1)
+                if not (levels.min() >= 0 and 1 < levels.max() < 256):
+                    raise BadInput(f"its grey levels reach {levels.max():g} of 255")
+                return Image.fromarray(levels.astype(np.uint8)).convert("RGB")
             return image.convert("RGB")
 
 
@@ -54,15 +56,19 @@ def load_audio(path, start=0.0, seconds=None):
     """Returns a recording as 16 kHz mono float32 (samples,), whatever its format and rate.
 
     start, seconds: which stretch of it, in seconds; None is to its end
-    Raises BadInput if it cannot be read, is cut off, has no such stretch or no sound in it, or if
-    the stretch is longer than Whisper can hear.
+    Raises BadInput if it cannot be read or is cut off, has no such stretch or no sound there, or
+    more than Whisper can hear.
     """
     with at(f"cannot read the audio {path}"), soundfile.SoundFile(path) as file:
         rate, length = file.samplerate, file.frames / file.samplerate
         if file.format not in SOUNDS or length > 1e9:
             raise BadInput(f"a {file.format} that does not tell its length: convert it to WAV")
         if seconds is None:
-            check_whole(file.extra_info, length)
+            # Where a file ends and where it should, in bytes. A stream's writer does not know.
+            ends = re.findall(r": *(\d+) \(should be (\d+)\)", file.extra_info)
+            is_short = any(int(real) + 1024 < int(told) < 2**31 - 2**16 for told, real in ends)
+            if is_short or re.search("lacks an end-of-stream|Junk after the la", file.extra_info):
+                raise BadInput(f"it is cut off: {length:.1f} s are left")
             seconds = length - start
         if not (start >= 0 and 0 < seconds <= length - start + TOLERANCE):
             raise BadInput(f"it lasts {length:.1f} s, and has no {seconds:g} s from {start:g} s on")
@@ -76,39 +82,13 @@ def load_audio(path, start=0.0, seconds=None):
         wave = file.read(count, dtype="float32", always_2d=True)  # (samples, channels)
         if len(wave) < count - TOLERANCE * rate:
             raise BadInput(f"it is cut off: {len(wave) / rate:.1f} s of {seconds:.1f} can be read")
-        return resample(mix(wave), rate)
 
-
-def check_whole(header, length):
-    """Raises BadInput if a file ends long before its header says; header: libsndfile's notes on it.
-
-    length: seconds that are there. About 2^31 or 2^32 bytes mean that the writer did not know.
-    """
-    for told, real in re.findall(r": *(\d+) \(should be (\d+)\)", header):  # in bytes
-        lost = length * (int(told) / max(1, int(real)) - 1)  # seconds
-        if lost > TOLERANCE and int(told) < 2**31 - 2**16:
-            raise BadInput(f"it is cut off: {lost:.1f} s are missing")
-    if re.search("lacks an end-of-stream bit|Junk after the last page", header):  # of an Ogg
-        raise BadInput("it is cut off: its last page is not whole")
-
-
-def mix(wave):
-    """Returns the mean of channels (samples, channels) as (samples,). Raises BadInput for noise."""
-    loudest = np.abs(wave).max(initial=0)
-    if not (len(wave) and loudest < 2):  # full scale is 1; compressed speech may go beyond
-        raise BadInput(f"it has no samples, or some that are no sound's, such as {loudest:g}")
-    mono = wave.mean(axis=1)
-    if np.abs(mono).max() < loudest / 100:
-        raise BadInput("its channels cancel each other")
-    return mono
-
-
-def load_speech(path, start=0.0, seconds=None):
-    """Returns what `load_audio` does; raises BadInput for silence, too."""
-    wave = load_audio(path, start, seconds)
-    if np.ptp(wave) < 1e-3:  # 16 bits have 33 steps there
-        raise BadInput(f"cannot use the audio {path}: it is silent")
-    return wave
+        # Full scale is 1, which compressed speech may pass. Opposite channels leave nothing.
+        loudest = np.abs(wave).max(initial=0)
+        wave = wave.mean(axis=1)  # (samples,)
+        if not (len(wave) and loudest < 2 and np.abs(wave).max() >= loudest / 100):
+            raise BadInput(f"no sound: samples reach {loudest:g}, or its channels leave nothing")
+        return resample(wave, rate)
 
 
 @functools.cache
@@ -143,8 +123,9 @@ def speak(text, voice=VOICES[0], words_per_minute=175, pitch=50):
     if not text.strip() or "\0" in text:
         raise BadInput("there is nothing to say: the text is empty, or has a NUL character")
     library = ctypes.CDLL(espeakng_loader.get_library_path())
-    data_path = espeakng_loader.get_data_path().encode()
-    rate = library.espeak_Initialize(2, 0, data_path, 0)  # 2: hand the samples to a callback
+    short = TemporaryDirectory()  # espeak-ng ends Python where its path has 160 characters
+    os.symlink(espeakng_loader.get_data_path(), f"{short.name}/espeak-ng-data")
+    rate = library.espeak_Initialize(2, 0, short.name.encode(), 0)  # 2: samples to a callback
     pieces = []
 
     @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
@@ -165,6 +146,7 @@ def speak(text, voice=VOICES[0], words_per_minute=175, pitch=50):
         library.espeak_Synchronize()
     finally:
         library.espeak_Terminate()
+        short.cleanup()
         _ctypes.dlclose(library._handle)
     if not pieces:
         raise BadInput(f"espeak-ng says nothing for {text!r:.200}")
@@ -172,6 +154,15 @@ def speak(text, voice=VOICES[0], words_per_minute=175, pitch=50):
 
 
 # ---- writing -------------------------------------------------------------------------------------
+
+
+def link(source, target):
+    """Gives a file a second name, which takes no disk space, or copies it where that cannot be."""
+    with written_whole(target) as temporary:
+        try:
+            os.link(os.path.realpath(source), temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
 
 
 def save_png(path, image):

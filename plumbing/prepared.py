@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import random
-import unicodedata
 from array import array
 from collections import Counter
 from collections.abc import Sequence
@@ -97,10 +96,7 @@ class Rows(Sequence):
 
 
 def check_sample(sample):
-    """Raises an error unless a line has an answer, a question or speech, and files inside.
-
-    "after" must be the question's end; "phase" (of the built-in world's lessons) 0 or 1.
-    """
+    """Raises an error unless a line has an answer, a question or speech, and files inside."""
     if not sample["answer"].strip():
         raise BadInput("the answer is empty")
     if "question" not in sample and "audio" not in sample:
@@ -220,16 +216,6 @@ def write(folder, results):
 def count_reasons(skipped):
     """Returns [(reason, how often)] of skipped lines, the most frequent first."""
     return Counter(line["skipped"].split(":")[0] for line in skipped).most_common()
-
-
-def check_names(names):
-    """Raises BadInput if two ids name one file; on some disks "A" and "a" do."""
-    known = {}
-    for name in names:
-        key = unicodedata.normalize("NFC", name).casefold()
-        if key in known:
-            raise BadInput(f"the ids {known[key]!r} and {name!r} would be one file")
-        known[key] = name
 
 
 def check_inside(folder, name):

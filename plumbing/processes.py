@@ -110,14 +110,6 @@ def all_sum(values, device):
     return values.tolist()
 
 
-def gather(value):
-    """Returns the values of all ranks, on each of them."""
-    values = [value] * world_size()
-    if dist.is_initialized():
-        dist.all_gather_object(values, value)
-    return values
-
-
 def broadcast(value):
     """Returns rank 0's value on every rank: what lies on disk may change between two looks."""
     values = [value]

@@ -15,25 +15,18 @@ import csv
 import functools
 import os
 import re
+import unicodedata
+from collections import Counter
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import soundfile
 import torchaudio
 
-from plumbing.files import (
-    BadInput,
-    at,
-    at_least,
-    json_lines,
-    link,
-    only_writer,
-    read_json,
-    table_rows,
-)
-from plumbing.media import SAMPLE_RATE, load_image, load_speech, save_sound
-from plumbing.prepared import attempt, check_inside, check_names, in_parallel, pick, prepare, write
-from real.speech import LONGEST_QUESTION, SILENT, add_voice_arguments, speak_all, spoken_text
+from plumbing.files import BadInput, at, at_least, json_lines, only_writer, read_json, table_rows
+from plumbing.media import SAMPLE_RATE, link, load_audio, load_image, save_sound
+from plumbing.prepared import attempt, check_inside, in_parallel, pick, prepare, write
+from real import speech
 
 # Format suffixes of LLaVA's mix are lines that tell how to write the answer: see --suffix.
 SUFFIX = re.compile(r"(?im)^\s*(answer the question using a single word or phrase"
@@ -80,8 +73,8 @@ def llava_task(row, images, suffix="spoken"):
         line["question"] += f"\n{after}"
     if after and suffix == "written":
         line["after"] = f"\n{after}"
-    if len(spoken_text(line)) > LONGEST_QUESTION:
-        raise BadInput(f"the question has more than {LONGEST_QUESTION} characters")
+    if len(speech.spoken_text(line)) > speech.LONGEST_QUESTION:
+        raise BadInput(f"the question has more than {speech.LONGEST_QUESTION} characters")
     check_inside(images, image)
     return line, images / image
 
@@ -114,22 +107,17 @@ def make_llava(args):
     lines = list(in_parallel(take, pick(tasks, args.n, args.seed), "pictures"))
     results += [line for line in lines if "skipped" in line]
     lines = [line for line in lines if "skipped" not in line]
-    write(folder, results + speak_all(lines, folder, args))
+    write(folder, results + speech.speak_all(lines, folder, args))
 
 
 # ---- ASR corpora ---------------------------------------------------------------------------------
 # Each function yields tasks (id, recording, transcript), and perhaps start and length in seconds.
 
-# What a manifest's columns are called by us, NeMo, Hugging Face and others.
-COLUMNS = {
-    "id": "id",
-    "audio": "audio|audio_filepath|audio_path|path|file|file_name|wav",
-    "text": "text|sentence|transcript|transcription",
-    "start": "start|offset|begin|start_time",
-    "end": "end|stop|end_time",
-    "seconds": "seconds|duration",
-}
-# Another one is ignored, unless its name may say which part of the recording is meant.
+# A manifest's columns as we, NeMo, Hugging Face and others call them. Another one is ignored, but
+# not if its name may say which part of the recording is meant.
+COLUMNS = {"audio": "audio(_filepath|_path)?|path|file(_name)?|wav", "id": "id",
+           "text": "text|sentence|transcript(ion)?", "start": "start(_time)?|offset|begin",
+           "end": "end(_time)?|stop", "seconds": "seconds|duration"}
 PART = re.compile("start|begin|offset|durat|channel|frames|samples|segment|speed|tempo"
                   "|(?<![a-z])((end|stop|dur|time|sec|len)|(ms|from|to)(?![a-z]))")
 
@@ -140,13 +128,14 @@ def plain_transcript(text):
     """Returns a transcript in the one style of all corpora: "it's seven o'clock".
 
     Lower case, number words as words, no punctuation but apostrophes. Raises BadInput for what is
-    more than punctuation: a tag such as <MUSIC>, or a sign that somebody has spoken as a word.
+    more than punctuation: a tag such as <MUSIC> or [laughter], or a sign that somebody has spoken.
     """
-    text = re.sub(r"[’`´]", "'", TAGS.sub(" ", text)).lower()
-    tag = re.search("<.*?>", text)
+    text = speech.APOSTROPHES.sub("'", TAGS.sub(" ", text)).lower()
+    text = re.sub(r"(?<!\w)'(.+?)'(?!\w)", r"\1", text)  # 'go away'
+    tag = re.search(r"(?s)[<\[({*].*?([>\])}*]|$)", text)
     if tag:
         raise BadInput(f"the transcript has a tag: {tag[0]}")
-    plain = re.sub(r"-|(?<!\w)'(?!\w)", " ", SILENT.sub(" ", text))
+    plain = re.sub(r"-|(?<!\w)'(?!\w)", " ", speech.SILENT.sub(" ", text))
     sign = re.search(r"[^\w\s']|_", plain) or re.search(r"\d[.,:]\d", text)
     if sign:
         raise BadInput(f"the transcript has a sign that is spoken: {sign[0]}")
@@ -156,10 +145,10 @@ def plain_transcript(text):
 
 
 def librispeech_tasks(args):
-    """Yields the utterances of LibriSpeech, downloaded and unpacked if need be."""
-    split = Path(args.root) / "LibriSpeech" / args.split
+    """Yields the utterances of LibriSpeech, which torchaudio downloads and unpacks if need be."""
+    split = Path(args.root, "LibriSpeech", args.split)
     if not split.exists():
-        unpack_librispeech(args.root, split)
+        unpack_librispeech(split, Path(args.root, f"{args.split}.tar.gz"))
     for chapter in sorted(split.glob("*/*/")):
         transcripts = chapter / f"{chapter.parent.name}-{chapter.name}.trans.txt"
         with at(transcripts):
@@ -169,18 +158,17 @@ def librispeech_tasks(args):
             yield name, chapter / f"{name}.flac", transcript
 
 
-def unpack_librispeech(root, split):
-    """Makes the folder of a split by torchaudio, whole or not at all: unpacked beside, renamed."""
-    place, archive = split.with_name(f".{split.name}"), Path(root, f"{split.name}.tar.gz")
-    with (at(f"LibriSpeech {split.name} is not under {root}, and there is no download"),
+def unpack_librispeech(split, archive):
+    """Makes a split's folder, whole or not at all: it is unpacked beside, and then renamed."""
+    place = split.with_name(f".{split.name}")
+    with (at(f"LibriSpeech {split.name} is not under {archive.parent}, and there is no download"),
           only_writer(place, patience=24 * 3600),
           TemporaryDirectory(dir=place, prefix=".", suffix=".tmp") as beside):
-        if split.exists():
-            return  # while we waited for another process
         if archive.exists():
             Path(beside, archive.name).symlink_to(archive.resolve())
-        torchaudio.datasets.LIBRISPEECH(beside, url=split.name, download=True)
-        os.replace(Path(beside, "LibriSpeech", split.name), split)
+        if not split.exists():  # no other process has made it while we waited
+            torchaudio.datasets.LIBRISPEECH(beside, url=split.name, download=True)
+            os.replace(Path(beside, "LibriSpeech", split.name), split)
 
 
 def commonvoice_tasks(args):
@@ -191,38 +179,19 @@ def commonvoice_tasks(args):
 
 
 def manifest_tasks(args):
-    """Yields the rows of a TSV or JSONL: audio (below --root), text, perhaps id and a stretch.
-
-    Lhotse's cuts are taken, too. One that cannot be has the reason, a BadInput, in place of a path.
-    """
+    """Yields the rows of a TSV or JSONL: audio (below --root), text, perhaps id, start, seconds."""
     for i, (where, row) in enumerate(read_table(args.manifest)):
         with at(where):
             is_cut = "supervisions" in row or str(row.get("type")).endswith("Cut")
-            row = attempt(cut_row, (row["id"], row)) if is_cut else our_names(row)
+            row = cut_row(row) if is_cut else our_row(row)
             name = str(row.get("id", f"{i:08}")).replace("/", "_")
-            if "skipped" in row:
-                task = name, BadInput(row["skipped"])
-            elif not isinstance(row["text"], str):
-                raise BadInput("text must be a text")
-            else:
-                task = name, Path(args.root) / row["audio"], row["text"], *stretch_of(row)
+            stretch = row.get("start", 0.0), row.get("seconds")
+            task = name, Path(args.root) / row["audio"], row["text"], *stretch
         yield task
 
 
-def stretch_of(row):
-    """Returns (start, seconds or None) of a manifest's row."""
-    start, end, seconds = (float(str(row[key])) if key in row else None
-                           for key in ("start", "end", "seconds"))
-    start = start or 0.0
-    if end is None:
-        return start, seconds
-    if seconds is not None and not abs(end - start - seconds) < 0.1:
-        raise BadInput("start, end and seconds do not agree")
-    return start, end - start
-
-
-def our_names(row):
-    """Returns the cells of a manifest's row that are not empty, {our name of the column: cell}."""
+def our_row(row):
+    """Returns a manifest's row with our names for its columns, and without empty cells."""
     known = {}
     for column, cell in row.items():
         theirs = column.strip().lower()
@@ -231,25 +200,30 @@ def our_names(row):
             continue
         if not ours or ours[0] in known:
             raise BadInput(f"the column {column!r} is not known, or another says the same")
-        known[ours[0]] = cell
+        known[ours[0]] = cell if ours[0] in ("id", "audio", "text") else float(str(cell))
+    if "end" in known:
+        seconds = known["end"] - known.get("start", 0)
+        if abs(known.setdefault("seconds", seconds) - seconds) > 0.1:
+            raise BadInput("start, end and seconds do not agree")
     return known
 
 
-def cut_row(name, cut):
-    """Returns a Lhotse cut's words and where they are said, as a row of a manifest."""
+def cut_row(cut):
+    """Returns the words of a Lhotse cut, and where they are said, as a manifest's row.
+
+    One that is more than a stretch of a file with its words has a BadInput in place of the text.
+    """
     recording, supervisions = cut.get("recording") or {}, cut.get("supervisions") or []
     sources = [(source["type"], len(source["channels"])) for source in recording.get("sources", [])]
-    if cut.get("type", "MonoCut") != "MonoCut" or recording.get("transforms"):
-        raise BadInput("the cut is mixed or transformed")
-    if sources != [("file", 1)]:
-        raise BadInput("the cut is not of one file with one channel")
-    if len(supervisions) != 1:
-        raise BadInput(f"the cut has not one supervision: {len(supervisions)}")
+    is_mono = cut.get("type", "MonoCut") == "MonoCut" and sources == [("file", 1)]
+    if recording.get("transforms") or not is_mono or len(supervisions) != 1:
+        why = "the cut is transformed, or not of one file, one channel and one supervision"
+        return {"id": cut["id"], "audio": "", "text": BadInput(why)}
 
     # Its start counts from the cut's. Libriheavy has several texts; the first has capitals.
     words = supervisions[0]
     texts = [words.get("text"), *(words.get("custom") or {}).get("texts", [])]
-    return {"id": name, "audio": recording["sources"][0]["source"],
+    return {"id": cut["id"], "audio": recording["sources"][0]["source"],
             "text": next(filter(None, texts), ""), "start": cut["start"] + words.get("start", 0),
             "seconds": words.get("duration", cut["duration"])}
 
@@ -262,18 +236,21 @@ def read_table(path):
     return table_rows(path, errors="replace", quoting=csv.QUOTE_NONE)
 
 
-def take_clip(name, recording, transcript=None, *stretch, folder):
-    """Turns a recording into 16 kHz FLAC and returns its line. stretch: start, seconds"""
-    if isinstance(recording, BadInput):
-        raise recording
-    answer = plain_transcript(transcript)
+def take_clip(name, recording, transcript, *stretch, folder):
+    """Brings a recording to 16 kHz FLAC and returns its line. stretch: start, seconds"""
+    if isinstance(transcript, BadInput):
+        raise transcript
+    with at("the transcript"):
+        answer = plain_transcript(transcript)
     path = folder / "audio" / f"{name}.flac"
     with at("the recording cannot be used"):
         if not path.exists():
-            wave, file = load_speech(recording, *stretch), soundfile.info(recording)
+            wave, file = load_audio(recording, *stretch), soundfile.info(recording)
             kind = file.format, file.subtype, file.samplerate, file.channels
+            if wave.std() < 1e-4:
+                raise BadInput("it is silent")
             if kind == ("FLAC", "PCM_16", SAMPLE_RATE, 1) and not any(stretch):
-                link(recording, path)  # as we would write it: LibriSpeech's are
+                link(recording, path)  # LibriSpeech's are as ours
             else:
                 save_sound(path, wave)
     return {"id": name, "audio": f"audio/{name}.flac", "answer": answer}
@@ -282,7 +259,10 @@ def take_clip(name, recording, transcript=None, *stretch, folder):
 def make_asr(args):
     """Makes the folder of a corpus: args.tasks yields its recordings and transcripts."""
     tasks, folder = pick(list(args.tasks(args)), args.n, args.seed), Path(args.out)
-    check_names([name for name, *_ in tasks])
+    # Some disks do not tell "A" from "a".
+    files = Counter(unicodedata.normalize("NFC", name).casefold() for name, *_ in tasks)
+    if len(files) < len(tasks):
+        raise BadInput(f"{args.command}: two ids name one file: {files.most_common(1)[0][0]!r}")
     take = functools.partial(attempt, take_clip, folder=folder)
     write(folder, in_parallel(take, tasks, "speech"))
 
@@ -306,7 +286,7 @@ def add_commands(commands):
     add("--suffix", choices=("spoken", "written", "dropped"), default="spoken",
         help='"Answer the question using a single word or phrase." and its like: spoken with the '
              "question, in writing after the speech, or left out")
-    add_voice_arguments(add, "mms")
+    speech.add_voice_arguments(add, "mms")
     add = command("librispeech", "LibriSpeech, downloaded if need be", make_asr, librispeech_tasks)
     add("--root", required=True, help="where the corpus lies or goes")
     add("--split", default="train-clean-100", help="train-clean-360, train-other-500, ...")

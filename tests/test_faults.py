@@ -156,7 +156,7 @@ def test_processes_that_see_other_things_do_not_train(start, world, tmp_path, sp
                       tmp_path / "out", "--device", "cpu", cwd=tmp_path, processes=2)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode != 0 and not (tmp_path / "out/ollm.json").exists(), done.stdout
-    assert errors and all("processes see different things" in error for error in errors), errors
+    assert errors and all("not all processes see the same" in error for error in errors), errors
     assert any(named in error for error in errors), errors
 
 

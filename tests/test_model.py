@@ -8,14 +8,20 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import build_ollm, check_answers_do_not_depend_on_the_batch, collate, save_runs
+from conftest import (
+    build_ollm,
+    build_whisper,
+    check_answers_do_not_depend_on_the_batch,
+    collate,
+    save_runs,
+)
 from PIL import Image
 
 import data
 from analysis import bench
 from data import IGNORE
 from loss import self_kd_loss
-from model import OLLM, normalize
+from model import OLLM, normalize, start_model
 from plumbing.files import BadInput
 from plumbing.media import speak
 from world.lessons import collate_shared
@@ -266,6 +272,22 @@ def runs(tmp_path_factory):
     """A base run and an audio run on it, with random weights."""
     folder = tmp_path_factory.mktemp("runs")
     return save_runs(folder)
+
+
+def test_a_whisper_s_dropout_is_off_in_training(runs, tmp_path):
+    """It would be randomness that is not the step's: no run could go on with the same bytes."""
+    whisper = build_whisper(tmp_path / "whisper")
+    config = json.loads((whisper / "config.json").read_text())
+    chances = {"dropout": 0.1, "attention_dropout": 0.1, "activation_dropout": 0.1,
+               "encoder_layerdrop": 0.5}
+    assert chances.keys() <= config.keys()
+    (whisper / "config.json").write_text(json.dumps({**config, **chances}))
+    ollm = start_model({"stage": "audio-text", "seed": 0, "init": runs / "base", "train": "audio",
+                        "whisper": whisper, "max_tiles": None, "audio_seconds": None})
+    mel, n_frames = torch.randn(2, 128, 400), torch.tensor([400, 200])
+    once, again = (ollm.hear(mel, n_frames) for _ in range(2))
+    assert once.requires_grad and torch.equal(once, again)
+    assert not torch.equal(ollm.train().hear(mel, n_frames), once), "the check can fail"
 
 
 def test_save_and_load_round_trip(runs):

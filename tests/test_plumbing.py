@@ -3,14 +3,20 @@
 import errno
 import fcntl
 import json
+import os
 import shutil
+import subprocess
+import sys
 
+import espeakng_loader
+import numpy as np
 import pytest
-from conftest import build_internvl2, run_here
+from conftest import ROOT, build_internvl2, run_here
 
 from analysis.sweep import scores_of
 from plumbing import runs
-from plumbing.files import BadInput, only_writer, readable_errors
+from plumbing.files import BadInput, only_writer, readable_errors, written_whole
+from plumbing.media import speak
 
 
 def test_an_error_that_names_nccl_is_shown_whole():
@@ -45,6 +51,39 @@ def test_a_disk_that_knows_no_flock_is_locked_by_a_file(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", unknown)
     with only_writer(tmp_path / "run", 0.1):
         assert (tmp_path / "run").is_dir()
+
+
+def test_containers_with_the_same_process_ids_write_apart(tmp_path, monkeypatch):
+    """Temporary names were made of the process's id, which two containers on one disk may share."""
+    monkeypatch.setattr(os, "getpid", lambda: 7)
+    with written_whole(tmp_path / "x") as one, written_whole(tmp_path / "x") as other:
+        one.write_text("one")
+        other.write_text("other")
+        assert one != other and one.read_text() == "one"
+    assert (tmp_path / "x").read_text() == "one" and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no such call here")
+def test_no_more_workers_than_cores_lent():
+    """SLURM lends a job some of the cores; there was a worker for each that the machine has."""
+    program = ("import os\nos.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
+               "from plumbing.processes import workers\n"
+               "with workers() as pool:\n print(pool._max_workers)")
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "1\n", done.stderr
+
+
+def test_espeak_speaks_from_however_long_a_path(tmp_path, monkeypatch):
+    """With 160 characters it ended Python, naming a folder of another machine."""
+    wave, data = speak("what color is the circle")[0], espeakng_loader.get_data_path()
+    for length in (159, 160, 250):
+        folder = tmp_path / ("x" * (length - len(str(tmp_path)) - len("//espeak-ng-data")))
+        folder.mkdir()
+        (folder / "espeak-ng-data").symlink_to(data)
+        path = str(folder / "espeak-ng-data")
+        assert len(path) == length
+        monkeypatch.setattr(espeakng_loader, "get_data_path", lambda: path)
+        assert np.array_equal(speak("what color is the circle")[0], wave), length
 
 
 def test_a_folder_without_a_model_never_stands_for_a_hub_id(tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ import soundfile
 from conftest import read_lines, run_here
 
 from plumbing.files import BadInput, write_json_lines
-from plumbing.media import load_audio, load_speech
+from plumbing.media import load_audio
 
 NOISE = np.random.default_rng(0).normal(0, 0.1, 8 * 16_000)
 FORMATS = [("WAV", "PCM_16"), ("WAV", "FLOAT"), ("WAV", "ULAW"), ("WAV", "IMA_ADPCM"),
@@ -104,16 +104,14 @@ def test_a_manifest_s_rows_without_their_stretch_are_left_out(tmp_path):
 
 
 @pytest.mark.parametrize("wave, why", [
-    (32767 * NOISE, "no sound's"), (128 * NOISE, "no sound's"), (NOISE + np.nan, "no sound's"),
-    (NOISE + np.inf, "no sound's"), (NOISE[:0], "has no"),
-    (np.stack([NOISE, -NOISE], 1), "cancel"), (np.stack([NOISE, -0.99 * NOISE], 1), "cancel"),
-    (0 * NOISE, "silent"), (0 * NOISE + 0.5, "silent"), (NOISE / 2**15, "silent"),
-    (0 * np.stack([NOISE, NOISE], 1), "silent")])
+    (32767 * NOISE, "samples reach 1"), (128 * NOISE, "samples reach "), (NOISE[:0], "has no"),
+    (NOISE + np.nan, "samples reach nan"), (NOISE + np.inf, "samples reach inf"),
+    (np.stack([NOISE, -NOISE], 1), "channels"), (np.stack([NOISE, -0.99 * NOISE], 1), "channels")])
 def test_what_is_no_sound_is_refused(tmp_path, wave, why):
     """Values to 32767 became a square wave, opposite channels silence, with the words beside it."""
     (tmp_path / "x.wav").write_bytes(encode(wave, "WAV", "DOUBLE"))
     with pytest.raises(BadInput, match=why) as error:
-        load_speech(tmp_path / "x.wav")
+        load_audio(tmp_path / "x.wav")
     assert str(error.value).count(str(tmp_path / "x.wav")) == 1
 
 
@@ -123,18 +121,20 @@ def test_what_is_no_sound_is_refused(tmp_path, wave, why):
 def test_what_is_loud_quiet_or_beside_the_middle_is_heard(tmp_path, wave):
     (tmp_path / "x.wav").write_bytes(encode(wave, "WAV", "FLOAT"))
     expected = wave.mean(1) if wave.ndim == 2 else wave
-    np.testing.assert_allclose(load_speech(tmp_path / "x.wav"), expected, atol=1e-5)
+    np.testing.assert_allclose(load_audio(tmp_path / "x.wav"), expected, atol=1e-5)
 
 
-def test_silence_of_an_earlier_folder_is_still_read(tmp_path):
-    """It is left out when a folder is made; a training on one that was made before goes on."""
-    (tmp_path / "x.flac").write_bytes(encode(0 * NOISE, "FLAC"))
-    assert not load_audio(tmp_path / "x.flac").any()
-
-
-def test_a_silent_question_is_refused(tmp_path, start, world):
-    (tmp_path / "x.wav").write_bytes(encode(0 * NOISE, "WAV"))
-    done = run_here("eval.py", start / "audio", "--audio", "x.wav", "--image",
-                    next((world / "test/images").iterdir()), cwd=tmp_path)
-    assert done.returncode == 1
-    assert done.stderr == "error: cannot use the audio x.wav: it is silent\n"
+def test_silence_is_left_out(tmp_path):
+    """With its words it was a sample. One of a folder that was made before is read as ever."""
+    waves = [NOISE, 0 * NOISE, 0 * NOISE + 0.5, NOISE / 2**15, 0 * np.stack([NOISE, NOISE], 1),
+             NOISE / 50]
+    for i, wave in enumerate(waves):
+        (tmp_path / f"{i}.wav").write_bytes(encode(wave, "WAV", "DOUBLE"))
+    (tmp_path / "6.wav").write_bytes(encode(NOISE[:1], "WAV"))
+    write_json_lines(tmp_path / "x.jsonl", [{"audio": f"{i}.wav", "text": "go"} for i in range(7)])
+    done = run_here("data.py", "manifest", "--manifest", "x.jsonl", "--root", ".", "--out", "out",
+                    cwd=tmp_path)
+    assert done.returncode == 0 and "2 samples; 5 left out" in done.stdout, done.stderr
+    reasons = [line["skipped"] for line in read_lines(tmp_path / "out/skipped.jsonl")]
+    assert all("it is silent" in why for why in reasons), reasons
+    assert not load_audio(tmp_path / "1.wav").any()

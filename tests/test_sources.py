@@ -20,7 +20,9 @@ from PIL import Image
 from transformers import VitsConfig, VitsModel, VitsTokenizer
 
 import data
+from plumbing import prepared
 from plumbing.files import BadInput, write_json_lines
+from plumbing.media import VOICES, speak
 from real import corpora, speech
 
 SHORT = "Answer the question using a single word or phrase."
@@ -435,7 +437,7 @@ def ten_seconds(tmp_path):
     ({"path": "x.wav", "sentence": "go", "gender": "f", "sentiment": 3, "up_votes": 2}, 0, 10),
     ({"file_name": "x.wav", "transcription": "go", "sampling_rate": 16_000}, 0, 10),
     ({" Audio": "x.wav", "TEXT": "go", "Start": 4, "Seconds ": 2, "speaker": "end"}, 4, 2),
-    ({"audio": "x.wav", "text": "go", "start": 2, "end": 3.5, "duration": 1.51}, 2, 1.5),
+    ({"audio": "x.wav", "text": "go", "start": 2, "end": 3.54, "duration": 1.5}, 2, 1.5),
     ({"audio": "x.wav", "text": "go", "seconds": 2, "duration": None, "channel": None}, 0, 2)])
 def test_a_column_that_means_something_is_taken(tmp_path, ten_seconds, row, start, seconds, form):
     """Under another name than ours it was ignored: 1.5 s of words had 18 s of sound."""
@@ -472,7 +474,7 @@ def test_two_ids_of_one_file_are_refused(tmp_path, ten_seconds, one, other):
     rows = [{"id": one, "audio": "x.wav", "text": "go"}, {"audio": "x.wav", "text": "no"}]
     rows[1] |= {"id": other} if other else {}
     done = manifest(tmp_path, rows)
-    assert done.returncode == 1 and "would be one file" in done.stderr, done.stdout
+    assert done.returncode == 1 and "two ids name one file" in done.stderr, done.stdout
     assert done.stderr.count("\n") == 1 and not (tmp_path / "out/samples.jsonl").exists()
     done = manifest(tmp_path, [rows[0], {**rows[1], "id": "b"}])
     assert done.returncode == 0, done.stderr
@@ -509,19 +511,18 @@ def test_lhotse_s_cuts_are_read_as_they_are(tmp_path, ten_seconds, packed):
     libriheavy = {"text": None, "custom": {"texts": ["He said: no.", "HE SAID NO"]}}
     wider = {"start": 0.5, "duration": 2.0}  # the cut holds a second that nobody has transcribed
     good = [cut("a"), cut("b/1", 7, 3), cut("c", words=libriheavy), cut("d", words=wider)]
-    bad = [(cut("e", recording={"transforms": SPEED}), "mixed or transformed"),
-           ({"id": "f", "type": "MixedCut", "tracks": [{"cut": cut("a"), "offset": 0.0}]}, "mixed"),
-           ({"id": "g", "duration": 1.0, "sampling_rate": 16_000, "type": "PaddingCut"}, "mixed"),
-           (cut("h", type="MultiCut", channel=[0, 1], recording={"sources": BOTH}), "mixed"),
-           (cut("i", channel=1, recording={"sources": BOTH}), "one channel"),
-           (cut("j", recording={"sources": ONE_EACH}), "one channel"),
-           (cut("k", recording={"sources": RUN}), "one file"),
-           (cut("l", recording={"sources": ADDRESS}), "one file"),
-           (cut("m", features={}) | {"recording": None}, "one file"),
-           (cut("n", supervisions=[]), "not one supervision: 0"),
-           (cut("o", supervisions=2 * cut("o")["supervisions"]), "not one supervision: 2"),
-           (cut("p", words={"text": None}), "is empty"), (cut("q", 8, 3), "it lasts 10.0 s"),
-           (cut("r", source="no.wav"), "no.wav"), (cut("s", words={"text": "<MUSIC>"}), "a tag")]
+    bad = [cut("e", recording={"transforms": SPEED}),
+           {"id": "f", "type": "MixedCut", "tracks": [{"cut": cut("a"), "offset": 0.0}]},
+           {"id": "g", "duration": 1.0, "sampling_rate": 16_000, "type": "PaddingCut"},
+           cut("h", type="MultiCut", channel=[0, 1], recording={"sources": BOTH}),
+           cut("i", channel=1, recording={"sources": BOTH}),
+           cut("j", recording={"sources": ONE_EACH}), cut("k", recording={"sources": RUN}),
+           cut("l", recording={"sources": ADDRESS}), cut("m", features={}) | {"recording": None},
+           cut("n", supervisions=[]), cut("o", supervisions=2 * cut("o")["supervisions"])]
+    bad = [(row, "the cut is transformed, or not of one file, one channel and one supervision")
+           for row in bad]
+    bad += [(cut("p", words={"text": None}), "is empty"), (cut("q", 8, 3), "it lasts 10.0 s"),
+            (cut("r", source="no.wav"), "no.wav"), (cut("s", words={"text": "<MUSIC>"}), "a tag")]
     name = "cuts.jsonl" + ".gz" * packed
     text = "".join(json.dumps(row) + "\n" for row in [*good, *(row for row, _ in bad)])
     (tmp_path / name).write_bytes(gzip.compress(text.encode()) if packed else text.encode())
@@ -616,6 +617,10 @@ def test_rows_about_coordinates_are_left_out(tmp_path, question, answer, usable)
     ("3.14159", "three point one four one five nine"), ("007", "zero zero seven"),
     ("Is bus 47 later than 12:30?", "Is bus forty seven later than twelve thirty"),
     ("Isn’t it\n“two,three”?", "Isn't it two three"),
+    ("10 000", "ten thousand"), ("1 234", "one thousand two hundred and thirty four"),
+    ("10\u00a0000", "ten thousand"), ("10\u202f000", "ten thousand"),
+    ("in 2020 100", "in two thousand twenty one hundred"), ("10 20", "ten twenty"),
+    ("Isn\u2018t it", "Isn't it"), ("isn\u02bct it", "isn't it"),
 ])
 def test_numbers_are_words_before_mms_speaks(text, spoken):
     """MMS dropped digits; transformers' normaliser alone says 34 for 3,4 and nothing for 0."""
@@ -629,6 +634,47 @@ def test_what_mms_cannot_say_is_refused(text):
     """It was spoken without what the voice does not know: "what is is bus later than"."""
     with pytest.raises(BadInput, match="the voice cannot say: "):
         speech.in_words(text)
+
+
+@pytest.mark.parametrize("text, is_said", [
+    ("What is near the café, 30 °C?", True), ("Is π ≈ 3.14?", False), ("Is π near 3.14?", True),
+    ("Is it 10 000?", True), ("Isn’t it — a “half”, ½…?", True), ("What is «naïve» in łódź?", True),
+    ("这是什么？", False), ("What is 中?", False), ("これは何", False), ("Что это?", False),
+    ("Is 3 < 4?", False), ("Is 3 > 4?", False), ("x^2", False), ("a_b", False), ("a|b", False),
+    ("★ or ☆", False), ("♪", False), ("•", False), ("①", False), ("Ａ", False), ("7–9", False),
+    ("It is 5 €, 3 × 4 = 12 & 7 % + #2 @ home/work ~ *a* \\ $5 £5 ¥5 §5 ±5 √5 5² ≤ ≥ ≠ ∞", True)])
+def test_espeak_says_what_is_written_or_leaves_it_out(tmp_path, text, is_said):
+    """Chinese was read as "chinese letter", whatever the letter; < and > were passed over."""
+    task = "0", {"id": "0", "question": text}
+    line = prepared.attempt(speech.speak_espeak, task, folder=tmp_path, seed=0, voices=VOICES)
+    assert ("audio" in line) == is_said, line
+    if not is_said:
+        assert line["skipped"].startswith("the voice cannot say: ")
+
+
+def test_espeak_says_another_sound_for_each_sign_that_it_is_given():
+    """What is left in the questions tells them apart."""
+    spoken = {}
+    for sign in "éèñßłøæàαβπΔ°±×÷√∞²³½¼€£¥¢§©®™≤≥≠→\\/~=+*#@&%$":
+        wave = speak(f"what is {sign} near this")[0].tobytes()
+        assert not speech.UNREAD.search(sign) and wave not in spoken, (sign, spoken.get(wave))
+        spoken[wave] = sign
+    silence = speak("what is near this")[0].tobytes()
+    assert silence not in spoken and len(spoken) > 40
+    passed_over = [sign for sign in "^_|†‡‰″•★✓♪─█①１" if speech.UNREAD.search(sign)
+                   and speak(f"what is {sign} near this")[0].tobytes() == silence]
+    assert len(passed_over) == 15
+
+
+def test_espeak_says_thousands_as_one_number(tmp_path):
+    """10 000 was ten, zero, zero, zero. The written question keeps its blank."""
+    waves = []
+    for i, question in enumerate(("are there 10 000 cars", "are there 10000 cars")):
+        line = speech.speak_espeak("0", {"id": "0", "question": question}, tmp_path / str(i), 0,
+                                   VOICES)
+        assert line["question"] == question
+        waves.append(data.load_audio(tmp_path / str(i) / line["audio"]))
+    assert np.array_equal(*waves)
 
 
 def test_mms_says_what_is_written_or_leaves_it_out(tmp_path):
@@ -650,6 +696,11 @@ def test_mms_says_what_is_written_or_leaves_it_out(tmp_path):
     ("YES <EXCLAMATIONPOINT> NO <PERIOD>", "yes no"), ('"He said ""no""."', "he said no"),
     ("“Don’t — stop,” she said: twenty-one…", "don't stop she said twenty one"),
     ("GO DO YOU HEAR", "go do you hear"),
+    ("He said 'go away' and left", "he said go away and left"),
+    ("'Go away!' she said", "go away she said"),
+    ("\u2018Go\u2019 or \u2018don\u2019t go\u2019", "go or don't go"), ("don\u2018t", "don't"),
+    ("don\u02bct", "don't"), ("don\uff07t", "don't"), ("'Tis the dogs", "'tis the dogs"),
+    ("the dogs' tails", "the dogs' tails"), ("rock 'n' roll, o'clock", "rock n roll o'clock"),
 ])
 def test_transcripts_of_all_corpora_have_one_style(text, transcript):
     """They went in as each corpus writes them, with GigaSpeech's tags as words."""
@@ -659,7 +710,10 @@ def test_transcripts_of_all_corpora_have_one_style(text, transcript):
 @pytest.mark.parametrize("text, reason", [
     ("<MUSIC>", "has a tag"), ("<SIL>", "has a tag"), ("<NOISE>", "has a tag"),
     ("<OTHER>", "has a tag"), ("rhythm & blues", "has a sign"), ("3.5 miles", "has a sign"),
-    (" <COMMA> ... ", "is empty")])
+    (" <COMMA> ... ", "is empty"), ("[laughter] yes", "has a tag"), ("(laughs) yes", "has a tag"),
+    ("yes {noise}", "has a tag"), ("*coughs* yes", "has a tag"), ("yes [laugh", "has a tag"),
+    ("yes <unk", "has a tag"), ("\u266a la \u266a", "has a sign"), ("spoken_noise", "has a sign"),
+    ("'...'", "is empty")])
 def test_transcripts_of_no_words_or_of_signs_are_left_out(text, reason):
     with pytest.raises(BadInput, match=reason):
         corpora.plain_transcript(text)
