@@ -69,8 +69,7 @@ class Resumable:
         """Returns how many steps the checkpoint has taken; 0 without one."""
         other = differences(broadcast(self.config), self.config)
         if all_sum([bool(other)], self.device) != [0]:
-            raise BadInput(f"{self.out}: not all processes see the same: "
-                           f"{other or 'another tells what'}")
+            raise BadInput(f"{self.out}: not all processes see the same: {other or 'others do'}")
         first = self.load() if self.path.exists() else 0
         if all_sum([first], self.device) != [first * world_size()]:
             raise BadInput(f"{self.out}: not all processes find the same checkpoint; all machines "

@@ -113,13 +113,13 @@ def make_llava(args):
 # ---- ASR corpora ---------------------------------------------------------------------------------
 # Each function yields tasks (id, recording, transcript), and perhaps start and length in seconds.
 
-# A manifest's columns as we, NeMo, Hugging Face and others call them. Another one is ignored, but
-# not if its name may say which part of the recording is meant.
+# A manifest's columns as we, NeMo, Hugging Face and others call them. Further ones are ignored, but
+# not such as may say which part of a recording is meant.
 COLUMNS = {"audio": "audio(_filepath|_path)?|path|file(_name)?|wav", "id": "id",
            "text": "text|sentence|transcript(ion)?", "start": "start(_time)?|offset|begin",
-           "end": "end(_time)?|stop", "seconds": "seconds|duration"}
-PART = re.compile("start|begin|offset|durat|channel|frames|samples|segment|speed|tempo"
-                  "|(?<![a-z])((end|stop|dur|time|sec|len)|(ms|from|to)(?![a-z]))")
+           "end": "end(_time)?|stop", "seconds": "seconds|duration",
+           "part": ".*(start|begin|offset|durat|channel|frames|samples|segment|speed|tempo"
+                   "|(?<![a-z])((end|stop|dur|time|sec|len)|(ms|from|to)(?![a-z]))).*"}
 
 TAGS = re.compile(r"(?i)<(comma|period|questionmark|exclamationpoint)>")  # GigaSpeech's punctuation
 
@@ -145,10 +145,20 @@ def plain_transcript(text):
 
 
 def librispeech_tasks(args):
-    """Yields the utterances of LibriSpeech, which torchaudio downloads and unpacks if need be."""
-    split = Path(args.root, "LibriSpeech", args.split)
+    """Yields LibriSpeech. torchaudio downloads and unpacks a split beside its place, if need be."""
+    split, archive = (Path(args.root, name) for name in
+                      (f"LibriSpeech/{args.split}", f"{args.split}.tar.gz"))
+    place = split.with_name(f".{split.name}")
     if not split.exists():
-        unpack_librispeech(split, Path(args.root, f"{args.split}.tar.gz"))
+        with (at(f"LibriSpeech {args.split} is not under {args.root}, and there is no download"),
+              only_writer(place, patience=24 * 3600),
+              TemporaryDirectory(dir=place, prefix=".", suffix=".tmp") as beside):
+            if archive.exists():
+                Path(beside, archive.name).symlink_to(archive.resolve())
+            if not split.exists():  # no other process has made it meanwhile
+                torchaudio.datasets.LIBRISPEECH(beside, url=args.split, download=True)
+                os.replace(Path(beside, "LibriSpeech", args.split), split)
+
     for chapter in sorted(split.glob("*/*/")):
         transcripts = chapter / f"{chapter.parent.name}-{chapter.name}.trans.txt"
         with at(transcripts):
@@ -156,19 +166,6 @@ def librispeech_tasks(args):
         for line in lines:
             name, _, transcript = line.partition(" ")
             yield name, chapter / f"{name}.flac", transcript
-
-
-def unpack_librispeech(split, archive):
-    """Makes a split's folder, whole or not at all: it is unpacked beside, and then renamed."""
-    place = split.with_name(f".{split.name}")
-    with (at(f"LibriSpeech {split.name} is not under {archive.parent}, and there is no download"),
-          only_writer(place, patience=24 * 3600),
-          TemporaryDirectory(dir=place, prefix=".", suffix=".tmp") as beside):
-        if archive.exists():
-            Path(beside, archive.name).symlink_to(archive.resolve())
-        if not split.exists():  # no other process has made it while we waited
-            torchaudio.datasets.LIBRISPEECH(beside, url=split.name, download=True)
-            os.replace(Path(beside, "LibriSpeech", split.name), split)
 
 
 def commonvoice_tasks(args):
@@ -195,12 +192,12 @@ def our_row(row):
     known = {}
     for column, cell in row.items():
         theirs = column.strip().lower()
-        ours = [name for name, usual in COLUMNS.items() if re.fullmatch(usual, theirs)]
-        if cell in ("", None) or not ours and not PART.search(theirs):
+        name = next((ours for ours, usual in COLUMNS.items() if re.fullmatch(usual, theirs)), None)
+        if name is None or cell in ("", None):
             continue
-        if not ours or ours[0] in known:
+        if name == "part" or name in known:
             raise BadInput(f"the column {column!r} is not known, or another says the same")
-        known[ours[0]] = cell if ours[0] in ("id", "audio", "text") else float(str(cell))
+        known[name] = cell if name in ("id", "audio", "text") else float(str(cell))
     if "end" in known:
         seconds = known["end"] - known.get("start", 0)
         if abs(known.setdefault("seconds", seconds) - seconds) > 0.1:
@@ -209,9 +206,9 @@ def our_row(row):
 
 
 def cut_row(cut):
-    """Returns the words of a Lhotse cut, and where they are said, as a manifest's row.
+    """Returns a Lhotse cut as a manifest's row; one that is more than that has a BadInput for text.
 
-    One that is more than a stretch of a file with its words has a BadInput in place of the text.
+    A supervision's start counts from the cut's. Libriheavy has several texts, one with capitals.
     """
     recording, supervisions = cut.get("recording") or {}, cut.get("supervisions") or []
     sources = [(source["type"], len(source["channels"])) for source in recording.get("sources", [])]
@@ -219,8 +216,6 @@ def cut_row(cut):
     if recording.get("transforms") or not is_mono or len(supervisions) != 1:
         why = "the cut is transformed, or not of one file, one channel and one supervision"
         return {"id": cut["id"], "audio": "", "text": BadInput(why)}
-
-    # Its start counts from the cut's. Libriheavy has several texts; the first has capitals.
     words = supervisions[0]
     texts = [words.get("text"), *(words.get("custom") or {}).get("texts", [])]
     return {"id": cut["id"], "audio": recording["sources"][0]["source"],
@@ -246,10 +241,10 @@ def take_clip(name, recording, transcript, *stretch, folder):
     with at("the recording cannot be used"):
         if not path.exists():
             wave, file = load_audio(recording, *stretch), soundfile.info(recording)
-            kind = file.format, file.subtype, file.samplerate, file.channels
             if wave.std() < 1e-4:
                 raise BadInput("it is silent")
-            if kind == ("FLAC", "PCM_16", SAMPLE_RATE, 1) and not any(stretch):
+            kind = file.format, file.subtype, file.samplerate, file.channels, any(stretch)
+            if kind == ("FLAC", "PCM_16", SAMPLE_RATE, 1, False):
                 link(recording, path)  # LibriSpeech's are as ours
             else:
                 save_sound(path, wave)

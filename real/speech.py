@@ -23,9 +23,9 @@ LONGEST_QUESTION = 400  # characters; saying more would take longer than Whisper
 # What a voice passes over in silence, without a loss.
 SILENT = re.compile(r"[.,;:?!\"()\[\]{}…“”«»‘–—]")
 APOSTROPHES = re.compile("[’‘‛ʼ`´′＇]")
-# What espeak-ng passes over, or reads as "chinese letter", whatever it is.
+# What espeak-ng passes over, reads as "chinese letter", or in pieces: 10 000 as ten zero zero zero.
 UNREAD = re.compile(r"[^\s!-;=?-\]`a-~\u00a1-\u024f\u0300-\u03ff\u1e00-\u1eff\u2000-\u206f\u20ac"
-                    r"→−√∞≤≥≠™\ufeff]|[|¦·¨†‡‰″•]|\d\s*–\s*\d")
+                    r"→−√∞≤≥≠™\ufeff]|[|¦·¨†‡‰″•]|\d+\s*–\s*\d+|\d+\s\d{3}(?!\d)")
 # A number that can be spelled: sign, amount, its whole part, and the plural of 1990s.
 NUMBER = re.compile(r"(?<![\w.])(-?)([$€£¥]?(\d{1,15})(?:\.\d+)?%?)((?<=0)'?s)?(?!\w|\.\d|%)")
 
@@ -50,19 +50,14 @@ def spoken_text(line):
     return line["question"].removesuffix(line.get("after", ""))
 
 
-def join_thousands(text):
-    """Returns a text with numbers such as 1,234,567 and 10 000 without what parts the thousands."""
-    numbers = r"(?<![\d,])\d{1,3}([,\s]\d{3})+(?!,?\d)"
-    return re.sub(numbers, lambda match: re.sub(r"\D", "", match[0]), text)
-
-
 # ---- espeak-ng -----------------------------------------------------------------------------------
+
 
 
 def speak_espeak(name, line, folder, seed, voices):
     """Speaks a line's question with espeak-ng; voice, rate and pitch are the line's own."""
     rng = random.Random(f"{seed}/{name}")
-    text = join_thousands(spoken_text(line))
+    text = spoken_text(line)
     if UNREAD.search(text):
         raise BadInput(f"the voice cannot say: {' '.join(UNREAD.findall(text))}")
     return {**line, **save_speech(folder, name, rng, text, voices, (140, 220))}
@@ -89,7 +84,9 @@ def in_words(text):
 
     # Its own search for numbers takes 3,4 for 34, and 1,234,567 and 3.14159 for two numbers each;
     # it leaves 1990s as it is, and a colon or a comma without a blank would glue two words.
-    spoken = join_thousands(APOSTROPHES.sub("'", text))
+    spoken = APOSTROPHES.sub("'", text)
+    spoken = re.sub(r"(?<![\d,])\d{1,3}([,\s]\d{3})+(?!,?\d)",
+                    lambda match: re.sub(r"\D", "", match[0]), spoken)  # 1,234,567 and 10 000
     spoken = re.sub(r"(?<=\d)[,:](?=\d)", " ", spoken)  # 3,4 and 12:30
     spoken = re.sub(r"\b(1\d|20)([1-9]0'?s)\b", r"\1 \2", spoken)  # nineteen nineties
     spoken = SILENT.sub(" ", NUMBER.sub(spell, spoken))

@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -541,6 +542,53 @@ def test_lhotse_s_cuts_are_read_as_they_are(tmp_path, ten_seconds, packed):
         assert why in skipped[row["id"]], (row["id"], skipped)
 
 
+def converter(package):
+    """Returns the code that docs/real-run.md shows for a package."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/real-run.md").read_text(), re.S)
+    code, = [block for block in blocks if re.search(f"import .*{package}|from {package}", block)]
+    return code
+
+
+def check_converted(folder, wave):
+    """Makes the prepared folder of what a converter has left, three times the same recording."""
+    done = run_here("data.py", "manifest", "--manifest", "manifest.jsonl", "--root", ".", "--out",
+                    "out", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    lines = read_lines(folder / "out/samples.jsonl")
+    assert [line["answer"] for line in lines] == ["word a", "word b", "word c"]
+    for line in lines:
+        np.testing.assert_allclose(data.load_audio(folder / "out" / line["audio"]), wave, atol=1e-4)
+
+
+def test_hugging_face_s_datasets_become_a_manifest(tmp_path, ten_seconds, monkeypatch):
+    """As the docs say. Some keep the recordings in their tables, others name a file."""
+    datasets = pytest.importorskip("datasets")
+    soundfile.write(tmp_path / "x.flac", ten_seconds, 16_000)
+    sounds = [{"bytes": (tmp_path / "x.flac").read_bytes(), "path": "x.flac"}] * 2
+    sounds.append({"bytes": None, "path": str(tmp_path / "x.flac")})
+    rows = datasets.Dataset.from_dict({"audio": sounds, "raw_text": ["Word A", "word b", "word c"]})
+    monkeypatch.setattr(datasets, "load_dataset",
+                        lambda *names, split: rows.cast_column("audio", datasets.Audio()))
+    monkeypatch.chdir(tmp_path)
+    exec(converter("datasets"), {})
+    check_converted(tmp_path, ten_seconds)
+
+
+def test_webdataset_s_shards_become_a_manifest(tmp_path, ten_seconds, monkeypatch):
+    pytest.importorskip("webdataset")
+    soundfile.write(tmp_path / "x.flac", ten_seconds, 16_000)
+    with tarfile.open(tmp_path / "shard-000.tar", "w") as shard:
+        for letter in "abc":
+            for suffix, content in (("flac", (tmp_path / "x.flac").read_bytes()),
+                                    ("txt", f"Word {letter}.".encode())):
+                member = tarfile.TarInfo(f"{letter}.{suffix}")
+                member.size = len(content)
+                shard.addfile(member, io.BytesIO(content))
+    monkeypatch.chdir(tmp_path)
+    exec(converter("webdataset").replace("{000..099}", "{000..000}"), {})
+    check_converted(tmp_path, ten_seconds)
+
+
 def test_a_packed_list_that_is_cut_off_is_one_line(tmp_path, ten_seconds):
     text = "".join(json.dumps(cut(f"c{i}")) + "\n" for i in range(500))
     (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(text.encode())[:-40])
@@ -638,7 +686,8 @@ def test_what_mms_cannot_say_is_refused(text):
 
 @pytest.mark.parametrize("text, is_said", [
     ("What is near the café, 30 °C?", True), ("Is π ≈ 3.14?", False), ("Is π near 3.14?", True),
-    ("Is it 10 000?", True), ("Isn’t it — a “half”, ½…?", True), ("What is «naïve» in łódź?", True),
+    ("Is it 10 000?", False), ("Is it 10,000 or 10 20?", True),
+    ("Isn’t it — a “half”, ½…?", True), ("What is «naïve» in łódź?", True),
     ("这是什么？", False), ("What is 中?", False), ("これは何", False), ("Что это?", False),
     ("Is 3 < 4?", False), ("Is 3 > 4?", False), ("x^2", False), ("a_b", False), ("a|b", False),
     ("★ or ☆", False), ("♪", False), ("•", False), ("①", False), ("Ａ", False), ("7–9", False),
@@ -664,17 +713,6 @@ def test_espeak_says_another_sound_for_each_sign_that_it_is_given():
     passed_over = [sign for sign in "^_|†‡‰″•★✓♪─█①１" if speech.UNREAD.search(sign)
                    and speak(f"what is {sign} near this")[0].tobytes() == silence]
     assert len(passed_over) == 15
-
-
-def test_espeak_says_thousands_as_one_number(tmp_path):
-    """10 000 was ten, zero, zero, zero. The written question keeps its blank."""
-    waves = []
-    for i, question in enumerate(("are there 10 000 cars", "are there 10000 cars")):
-        line = speech.speak_espeak("0", {"id": "0", "question": question}, tmp_path / str(i), 0,
-                                   VOICES)
-        assert line["question"] == question
-        waves.append(data.load_audio(tmp_path / str(i) / line["audio"]))
-    assert np.array_equal(*waves)
 
 
 def test_mms_says_what_is_written_or_leaves_it_out(tmp_path):

@@ -16,11 +16,11 @@ can be made anew, in any order, by any process.
 """
 
 import functools
-import json
+import itertools
 import random
 from pathlib import Path
 
-from plumbing.files import BadInput, at_least, written_whole
+from plumbing.files import BadInput, at_least, write_json_lines
 from plumbing.media import HELD_OUT_VOICES, VOICES, save_png, save_speech
 from plumbing.prepared import in_parallel, make_once
 from plumbing.processes import run_script
@@ -100,10 +100,8 @@ def make_test(i, folder, seed):
 
 def make_part(folder, worker, count):
     """Makes samples 0 to count - 1 in parallel, then samples.jsonl; keeps files that exist."""
-    with written_whole(folder / "samples.jsonl") as temporary:
-        with open(temporary, "w", encoding="utf-8") as out:
-            for lines in in_parallel(worker, range(count), str(folder), "file"):
-                out.writelines(json.dumps(line) + "\n" for line in lines)
+    lines = in_parallel(worker, range(count), str(folder), "file")
+    write_json_lines(folder / "samples.jsonl", itertools.chain.from_iterable(lines))
 
 
 def make(args):
