@@ -212,8 +212,7 @@ def read_predictions(path, batches):
     """Returns {index: line} of the answers that an earlier evaluation left in a file.
 
     A last line cut off, and batches of which only a part is there, are dropped from the file: they
-    are asked anew. Raises BadInput for a line that answers another question than its row asks now,
-    or one about another picture.
+    are asked anew. Raises BadInput for a line that answers another question than its row asks now.
     """
     if not path.exists():
         return {}
@@ -226,8 +225,8 @@ def read_predictions(path, batches):
     for batch in batches:
         lines = [predictions.get(row["index"]) for row in batch]
         for row, line in zip(batch, lines):
-            if line and (line["prompt"] != row["prompt"]
-                         or line.get("asked", row["asked"]) != row["asked"]):
+            asked = row["prompt"], row["asked"]
+            if line and (line["prompt"], line.get("asked", row["asked"])) != asked:
                 raise BadInput(f"{path}: answers another question, picture or voice than "
                                f"{row['where']} has, or is another model's: delete it to ask anew")
             if None in lines:

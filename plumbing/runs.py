@@ -233,19 +233,24 @@ def listening_runs(args):
 
 
 def group_runs(paths):
-    """Returns {name: {seed: run}}. Runs that differ in more than the seed are named apart."""
-    groups = {}
-    for run in dict.fromkeys(map(str, paths)):
+    """Returns {name: {seed: run}}. Runs that differ in more than the seed are named apart.
+
+    Raises BadInput if a run is named twice.
+    """
+    groups, places = {}, [os.path.realpath(run) for run in paths]
+    for run in paths:
+        if places.count(os.path.realpath(run)) > 1:
+            raise BadInput(f"{run}: is named twice")
         info = about(run)
         seed = info["training"]["seed"]
 
-        # What seeds have in common. A path may tell the seed, too: "data-s0".
+        # What seeds have in common. Paths may tell the seed, too: "data-s0".
         training = {**info["training"], "seed": None, "micro_batch": None}
         base = None if finished(run) and info["base"] is None else str(source_of(run, "base"))
         common = json.dumps([name(run), base, info["settings"], training], sort_keys=True)
-        common = re.sub(rf"(?<![a-z])s(eed)?[-_]?{seed}(?!\d)", "", common)
+        common = re.sub(r"(?<![a-z])s(eed)?[-_]?\d+", "", common)
         if seed in groups.get(common, {}):
-            common += run
+            common += str(run)
         groups.setdefault(common, {})[seed] = run
 
     first = [next(iter(by_seed.values())) for by_seed in groups.values()]

@@ -252,7 +252,7 @@ def test_two_bases_have_a_column_each_and_seeds_one(copy):
         (copy / folder / "ollm.json").write_text(json.dumps({**about, "training": training}))
     training = {**about["training"], "data": ["d-s0"], "max_tiles": 1}
     (copy / "sft/ollm.json").write_text(json.dumps({**about, "training": training}))
-    asked = ["base", "other/base", "sft", "other/sft", "sft-s1", "tiles", "sft"]
+    asked = ["base", "other/base", "sft", "other/sft", "sft-s1", "tiles"]
     done = run_here("eval.py", *asked, "--bench", "tsv/DocVQA_VAL.tsv", "--max-new-tokens", 1,
                     cwd=copy)
     assert done.returncode == 0, done.stderr
@@ -345,6 +345,7 @@ BROKEN = [{"index": 0, "image": "x" * 99, "question": "why", "answer": "x"}]
     (["sft", "--bench", "tsv", "--endpoint", "http://localhost:1/v1", "--model", "SFT"],
      "--model SFT"),
     (["sft", "--bench", "tsv/MME.tsv", "tsv"], "MME.tsv"),
+    (["sft", "./sft", "--bench", "tsv/MME.tsv"], "sft: is named twice"),
     (["sft", "--bench", "HallusionBench.tsv"], "HallusionBench.tsv:3"),
     (["--bench", "tsv", "--endpoint", "localhost:1", "--model", "omni"], "localhost:1")])
 def test_what_cannot_be_asked_is_one_clear_line(copy, arguments, name):

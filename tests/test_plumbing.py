@@ -140,7 +140,9 @@ def test_only_seeds_of_one_training_are_averaged(tmp_path):
         write_run(tmp_path / part, base=None, stage="vision-text")
     seeds = [write_run(tmp_path / f"1b/kd-s{seed}", seed=seed, micro_batch=2 + seed,
                        init=f"runs/x/audio-text_seed{seed}") for seed in range(11)]
-    assert runs.group_runs([*seeds, seeds[0]]) == {"KD 0.75": dict(enumerate(seeds))}
+    assert runs.group_runs(seeds) == {"KD 0.75": dict(enumerate(seeds))}
+    with pytest.raises(BadInput, match="twice"):
+        runs.group_runs([*seeds, f"{tmp_path}/1b/../1b/kd-s0/"])
 
     others = [write_run(tmp_path / "2b/kd-s1", seed=1, init="runs/x/audio-text_seed1"),
               write_run(tmp_path / "1b/tiles", seed=12, max_tiles=6, data=["runs/x/data-s12"]),
