@@ -257,7 +257,8 @@ def make_asr(args):
     # Some disks do not tell "A" from "a".
     files = Counter(unicodedata.normalize("NFC", name).casefold() for name, *_ in tasks)
     if len(files) < len(tasks):
-        raise BadInput(f"{args.command}: two ids name one file: {files.most_common(1)[0][0]!r}")
+        source = getattr(args, "tsv", None) or getattr(args, "manifest", None) or args.root
+        raise BadInput(f"{source}: two ids name one file: {files.most_common(1)[0][0]!r}")
     take = functools.partial(attempt, take_clip, folder=folder)
     write(folder, in_parallel(take, tasks, "speech"))
 

@@ -5,6 +5,7 @@ by hand, others are drawn by a seed: bits flipped, files cut, values of another 
 """
 
 import base64
+import gzip
 import io
 import itertools
 import json
@@ -40,6 +41,8 @@ ALIGN = ("train.py", "--preset", "internvl2-1b", "--stage", "audio-text", *TRAIN
 BROKEN_JSON = (b"", b"{", b"[]", b"3", b"null", b'"settings"', b"\xff\xfe{\x00}\x00",
                b"[" * 100_000, b'{"a": 1' + b"0" * 10_000 + b"}")
 ODD = (None, [], {}, "x", 3, -1, 0, 0.5, True, [1, 2], {"a": 1}, ...)  # ...: left out
+
+VALUES = (*ODD, "a\0b", "x" * 5000, "..", 1e300, 1e999, float("nan"))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -230,6 +233,11 @@ def try_files(key, folder, formats, good, bad):
 
 def test_pictures(tmp_path):
     formats = {form: picture(form) for form in ("PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP")}
+    formats |= {f"{mode}.TIFF": picture("TIFF", mode) for mode in ("I", "F", "CMYK")}
+    for form in ("PNG", "TIFF"):
+        file = io.BytesIO()
+        Image.fromarray(np.arange(1200, dtype=np.uint16).reshape(30, 40) * 50).save(file, form)
+        formats[f"16 bit.{form}"] = file.getvalue()
     good = {f"{mode}.tiff": picture("TIFF", mode) for mode in ("1", "L", "LA", "CMYK", "I", "F")}
     good |= {"png as.jpg": picture(), "P.png": picture(mode="P"), "1x1.png": picture(size=(1, 1)),
              "wide.png": picture(size=(20_000, 2)), "high.png": picture(size=(2, 20_000)),
@@ -245,7 +253,11 @@ def test_pictures(tmp_path):
 
 def test_recordings(tmp_path):
     wav, flac = sound(), sound("FLAC")
-    formats = {form: sound(form, 24_000) for form in ("WAV", "FLAC", "OGG", "MP3", "AIFF", "AU")}
+    formats = {form: sound(form, 24_000) for form in (
+        "WAV", "FLAC", "OGG", "MP3", "AIFF", "AU", "W64", "RF64", "WAVEX", "CAF")}
+    formats |= {"opus": sound("OGG", 24_000, subtype="OPUS"),
+                "flac24": sound("FLAC", subtype="PCM_24"), "ima": sound(subtype="IMA_ADPCM"),
+                "float": sound(subtype="FLOAT", channels=2)}
     good = {f"{rate} Hz.flac": sound("FLAC", rate) for rate in (8_000, 11_025, 44_100, 96_000)}
     good |= {"6 channels.wav": sound(channels=6), "24 bit.flac": sound("FLAC", subtype="PCM_24"),
              "30 s.wav": sound(seconds=30), "one sample.wav": sound(seconds=1 / 16_000)}
@@ -414,14 +426,64 @@ def test_sources(place, most):
 def test_tables_of_recordings(place, most):
     path, row = place / "x.jsonl", {"audio": "audio/000000.flac", "text": "red circle"}
     command = ("data.py", "manifest", "--manifest", "x.jsonl", "--root", "part", "--out", "out")
-    values = (*ODD, "a\0b", "x" * 5000, "..", 1e300, 1e999, float("nan"))
-    lines = [change(row, *pair) for pair in
-             itertools.product(("audio", "text", "id", "start", "seconds"), values)]
+    columns = ("audio", "text", "id", "start", "seconds", "end", "duration", "offset", "channel")
+    lines = [change(row, *pair) for pair in itertools.product(columns, VALUES)]
     contents = [f"{json.dumps(row)}\n{json.dumps(line)}" for line in lines]
     try_contents(path, contents, command, place, most=most)
     try_contents(path, list(BROKEN_JSON[1:]), command, place, "refused")
-    command = ("data.py", "commonvoice", "--tsv", "x.tsv", "--clips", "part", "--out", "out")
-    try_contents(place / "x.tsv", [None, b"a\tb\n1\t2\n", picture()], command, place)
+
+
+def test_tables_in_text(place, most):
+    """Common Voice's and a manifest's TSV: bits flipped, cut, marked, packed."""
+    clip, rng = "audio/000000.flac", random.Random(0)
+    commonvoice = (f"client_id\tpath\tsentence\tup_votes\na\t{clip}\tRed circle.\t2\n"
+                   "b\taudio/000001.flac\tA blue star!\t0\n")
+    manifest = (f"id\taudio\ttext\tstart\tseconds\nx\t{clip}\tred\t0.1\t0.5\n"
+                f"y\t{clip}\tblue\t\t0.25\nz\t{clip}\tstar\t0.2\t\n")
+    to = ("part", "--out", "out")
+    for name, text, command in (
+            ("x.tsv", commonvoice, ("data.py", "commonvoice", "--tsv", "x.tsv", "--clips", *to)),
+            ("y.tsv", manifest, ("data.py", "manifest", "--manifest", "y.tsv", "--root", *to))):
+        whole, bad = text.encode(), [None, b"a\tb\n1\t2\n", picture(), text.encode("utf-16"), b""]
+        bad += [text[:-1].rpartition("\t")[0], text + "x", text.replace("\t", ",")]
+        well = [whole, b"\xef\xbb\xbf" + whole, text.replace("\n", "\r\n"), whole + b"\n\n"]
+        try_contents(place / name, bad, command, place, "refused")
+        try_contents(place / name, well, command, place, "handled")
+        odd = [bytes(500), *cuts(whole), *flips(whole, rng, 150), *flips(whole, rng, 30, end=50)]
+        try_contents(place / name, odd, command, place, most=most)
+        packed, command = gzip.compress(whole), [f"{word}.gz" if word == name else word
+                                                 for word in command]
+        odd = [*cuts(packed)[:-1], *flips(packed, rng, 40)]
+        try_contents(place / f"{name}.gz", odd, command, place, most=most)
+
+
+def nested(value, new):
+    """Yields copies of a JSON value, in each of which another part of it is replaced by `new`."""
+    if not isinstance(value, (dict, list)):
+        return
+    for key, part in list(value.items() if isinstance(value, dict) else enumerate(value)):
+        for changed in (new, *nested(part, new)):
+            copy = value.copy()
+            copy[key] = changed
+            if changed is ...:
+                del copy[key]
+            yield copy
+
+
+def test_lhotse_s_cuts(place, most):
+    """Every part of a cut is replaced by every odd value."""
+    cut = {"id": "x", "start": 0.1, "duration": 0.5, "channel": 0, "type": "MonoCut",
+           "supervisions": [{"id": "x", "start": 0.1, "duration": 0.25, "text": "red",
+                             "custom": {"texts": ["Blue."]}}],
+           "recording": {"id": "x", "sampling_rate": 16_000, "transforms": [], "sources": [
+               {"type": "file", "channels": [0], "source": "audio/000000.flac"}]}}
+    path, command = place / "z.jsonl", ("data.py", "manifest", "--manifest", "z.jsonl", "--root",
+                                        "part", "--out", "out")
+    cuts = [changed for value in VALUES for changed in nested(cut, value)]
+    contents = [f"{json.dumps(cut)}\n{json.dumps({'id': 'y', **changed})}" for changed in cuts]
+    contents = [content.replace('"id": "x"', '"id": "first"', 1) for content in contents]
+    try_contents(path, contents, command, place, most=most and 4 * most)
+    try_contents(path, [json.dumps(cut), json.dumps({**cut, "id": 3})], command, place, "handled")
 
 
 # ---- command lines -------------------------------------------------------------------------------
