@@ -106,9 +106,7 @@ def parse_arguments():
     args = parser.parse_args()
     if args.stage not in PRESETS[args.preset]:
         parser.error(f"the preset {args.preset} has no stage {args.stage}: its LVLM comes trained")
-    if args.stage == "vision-text" and (args.init or args.whisper):
-        parser.error("the stage vision-text starts from nothing: no --init, no --whisper")
-    runs.check_whisper(args)
+    runs.check_start(args)
     return args
 
 
@@ -309,13 +307,11 @@ def main():
     # A default run ends with the table, and with what to try next.
     is_default = not (args.out or args.data or args.init or args.max_steps)
     if args.preset == "shapes" and stage == "vision-audio" and is_default:
-        chain = f"--seed {args.seed}"
-        if args.whisper:
-            chain += f" --whisper {shlex.quote(args.whisper)}"
+        chain = runs.chain_options(args)
         if rank == 0:
-            processes.run_script("eval.py", *shlex.split(chain))
+            processes.run_script("eval.py", *chain)
         print0("\nNext, the same start with another loss:\n    torchrun train.py --alpha "
-               f"{0 if args.alpha else 0.75:g} {chain}")
+               f"{0 if args.alpha else 0.75:g} {shlex.join(chain)}")
     else:
         asked = "" if args.preset == "shapes" else f" --data {config['data'][0]} --n 200"
         print0(f"\nThe result is in {out}. To look at it:\n    python eval.py {out}{asked}")

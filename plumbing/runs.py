@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -30,8 +31,18 @@ def folder(args, stage):
     return Path("runs") / chain / f"{stage}{variant}-s{args.seed}"
 
 
-def check_whisper(args):
-    """Raises BadInput if --whisper is not what the run to start from was aligned from."""
+def chain_options(args):
+    """Returns the options by which the other scripts find the runs of a train.py command."""
+    return ["--seed", str(args.seed)] + (["--whisper", args.whisper] if args.whisper else [])
+
+
+def check_start(args):
+    """Raises BadInput if train.py's stage cannot start from its --init or --whisper.
+
+    A run that hears already can only have been aligned from the Whisper that is named.
+    """
+    if args.stage == "vision-text" and (args.init or args.whisper):
+        raise BadInput("the stage vision-text starts from nothing: no --init, no --whisper")
     aligned, start = folder(args, "audio-text"), args.init
     if args.stage == "vision-audio" and not start and finished(aligned):
         start = aligned
@@ -213,7 +224,7 @@ def default_runs(args):
     runs = [run for run in runs if finished(run)]
     if not runs:
         raise BadInput(f"{aligned.parent}: no finished run of seed {args.seed}; "
-                       f"`torchrun train.py --seed {args.seed}` makes one")
+                       f"`torchrun train.py {shlex.join(chain_options(args))}` makes one")
     return runs
 
 
