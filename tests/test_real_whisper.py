@@ -172,7 +172,7 @@ def test_a_real_whisper_has_a_chain_of_its_own(here, capfd):
     aligned, last = training(chain / "audio-text-s0"), training(chain / "vision-audio-a0.75-s0")
     said = {key: aligned[key] for key in ("whisper", "init", "muon", "lr", "samples")}
     assert said == {"whisper": "models/whisper-tiny", "init": "runs/shapes/vision-text-s0",
-                    "muon": False, "lr": 3e-4, "samples": 2400}
+                    "muon": False, "lr": 3e-4, "samples": 4800}
     assert last["whisper"] is None and last["init"] == "runs/shapes-whisper-tiny/audio-text-s0"
     assert runs.source_of(chain / "vision-audio-a0.75-s0", "base") == shapes / "vision-text-s0"
     encoder = load_audio_encoder(chain / "vision-audio-a0.75-s0")[0]
@@ -216,7 +216,7 @@ def test_a_whisper_that_no_alignment_starts_from_is_refused(here, options, told)
 def test_of_the_built_in_clips_a_part_is_taken_and_of_others_all(here, monkeypatch):
     monkeypatch.chdir(here)
     command = ["train.py", "--stage", "audio-text", "--whisper", "models/whisper-tiny"]
-    for options, samples in (([], 2400), (["--data", "runs/shapes/data-s0/audio-text"], None)):
+    for options, samples in (([], 4800), (["--data", "runs/shapes/data-s0/audio-text"], None)):
         monkeypatch.setattr(sys, "argv", command + options)
         config, _ = train.configure(train.parse_arguments(), "audio-text")
         assert config["samples"] == samples
