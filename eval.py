@@ -179,21 +179,23 @@ def summarize(rows, kinds, average, score_row=score_answer, more=None):
 
 
 def print_differences(answers, score_row):
-    """Prints each Self-KD run against SFT of the same seeds: the paired difference, its interval.
+    """Prints each run of the last stage against the first: the paired difference, its interval.
 
-    answers: {(run name, seed): rows}
+    answers: {(run name, seed): rows}, in the order of the command line; SFT is first by default
     """
-    sft = {seed: rows for (name, seed), rows in answers.items() if name == "SFT"}
-    for name in sorted({name for name, _ in answers if name.startswith("KD")}):
-        seeds = [seed for seed in sft if (name, seed) in answers]
+    names = [name for name, _ in answers if not name.startswith(("base", "aligned"))]
+    first, *others = dict.fromkeys(names) or [None]
+    for name in others:
+        seeds = [seed for n, seed in answers if n == first and (name, seed) in answers]
         if not seeds:
             continue
-        pairs = [list(zip(sft[seed], answers[name, seed])) for seed in seeds]
+        pairs = [list(zip(answers[first, seed], answers[name, seed])) for seed in seeds]
         before = [[score_row(row, row["audio"]) for row, _ in pair] for pair in pairs]
         after = [[score_row(row, row["audio"]) for _, row in pair] for pair in pairs]
         (mean, low, high), how = seed_interval(before, after)
-        print(f"{name} - SFT, spoken: {mean:+.1f} points, 95 % interval {low:+.1f} to {high:+.1f} "
-              f"({how}; {sum(map(len, before))} questions, seeds {', '.join(map(str, seeds))})")
+        print(f"{name} - {first}, spoken: {mean:+.1f} points, 95 % interval {low:+.1f} to "
+              f"{high:+.1f} ({how}; {sum(map(len, before))} questions, seeds "
+              f"{', '.join(map(str, seeds))})")
 
 
 def print_example(answers, score_row):

@@ -2,7 +2,7 @@
 
     loss, kl, ce = self_kd_loss(student_logits, teacher_logits, labels, alpha=0.75)
 
-It is taken over the answer's tokens. `python -m pytest tests/test_loss.py` compares it with the
+It is taken over the answer's tokens; tests/course/test_self_kd_loss.py compares it with the
 formula, term by term. Letters in shape comments: N answer tokens in the batch, V vocabulary.
 """
 
@@ -17,8 +17,9 @@ def self_kd_loss(student_logits, teacher_logits, labels, alpha, temperature=1.0,
     teacher_logits  (N, V) given the written question, without gradient; None if alpha is 0
     labels          (N,) the answer's tokens
     alpha           0 is supervised fine-tuning, 1 is distillation alone (both in the paper's Table
-                    3); of the five of its Table 5, 0.75 is best
-    temperature     softens both distributions (Hinton et al., 2015); the paper uses 1
+                    3): the other term is 0. Of the five of its Table 5, 0.75 is best. What is not
+                    from 0 to 1 is refused
+    temperature     softens both; its square scales the KL (Hinton et al., 2015); the paper uses 1
     n_tokens        what the sums over N are divided by; None means N. Training passes the number
                     of answer tokens in the global batch, so that every token counts the same
     """

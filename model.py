@@ -85,7 +85,7 @@ class OLLM(nn.Module):
             self.projector = nn.Linear(audio_encoder.config.d_model, width)
 
     def train_only(self, stage, part="audio"):
-        """Freezes all but the LVLM, or all but audio encoder and projector (Appendix A).
+        """Freezes all but the LVLM (vision-text) or all but audio encoder and projector (App. A).
 
         part: "audio", or "projector" to freeze the audio encoder, too
         """
@@ -119,10 +119,11 @@ class OLLM(nn.Module):
     def hear(self, mel, n_frames):
         """Turns log-mel spectrograms (B, M, L) into audio tokens (B, A, D), A = L / 4.
 
-        n_frames (B,): how many frames of each clip are real. These are Whisper's own layers, on the
-        speech's real length instead of 30 s. Attention does not look past a clip's end, so a clip's
-        tokens do not depend on its batch. Tokens beyond n_frames / 4 mean nothing. Without speech
-        (mel is None) returns None.
+        n_frames (B,): how many frames of each clip are real. These are Whisper's own conv1, conv2
+        (a GELU after each), embed_positions, layers and layer_norm, on the speech's real length
+        instead of 30 s; then pairs of frames are averaged and projected. Attention does not look
+        past a clip's end, so a clip's tokens do not depend on its batch. Tokens beyond n_frames / 4
+        mean nothing. Without speech (mel is None) returns None.
         """
         if mel is None:
             return None
@@ -154,7 +155,7 @@ class OLLM(nn.Module):
     def embed(self, ids, pixels=None, audio_tokens=None):
         """Returns embeddings (B, T, D) of ids (B, T), with image and audio tokens in their slots.
 
-        pixels: the pictures of the whole batch; audio_tokens: (B, A, D)
+        pixels: the pictures of the whole batch; audio_tokens: (B, A, D), padding beyond a row's slots
         """
         # AUDIO_SLOT is no id of the vocabulary: 0 stands in for it until the audio tokens come.
         audio_slots = ids == AUDIO_SLOT  # (B, T)
@@ -187,7 +188,11 @@ class OLLM(nn.Module):
         """Reads a query, and its answer if there is one, after the prefix.
 
         audio_tokens: (B, A, D) of a spoken query; None for a written one
-        Returns (hidden states (B, S, D), the longer Prefix).
+        Returns (hidden states (B, S, D), the longer Prefix). The prefix itself stays as it is, and
+        may need a gradient. Its shift is added to the positions that follow.
+        In world/lessons.py alone a row has several questions: "part" (B, S) numbers them, and
+        "positions" (B, S), from the prefix's end, are their own. A token then sees the prefix and
+        what stands before it in its part.
         """
         # A cache grows, so each query continues a copy. The tensors are shared: growing makes new
         # ones.
@@ -198,8 +203,7 @@ class OLLM(nn.Module):
         mask = torch.cat([prefix.mask, query["mask"]], dim=1)  # (B, P + S)
         positions = (query["mask"].cumsum(1) - 1).clamp(min=0)  # (B, S)
 
-        # (Only in world/lessons.py: a row has several questions, "part" (B, S) numbers them, and
-        # "positions" are their own. A token sees the prefix and what stands before it in its part.)
+        # Several questions in a row do not see each other.
         if "part" in query:
             own = (query["part"][:, :, None] == query["part"][:, None]).tril()  # (B, S, S)
             before = prefix.mask[:, None].expand(-1, own.size(1), -1)  # (B, S, P)

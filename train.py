@@ -175,7 +175,7 @@ def make_epoch(config, ollm, rank=0, world_size=1):
 
 
 def learning_rate(step, steps, peak):
-    """Returns the rate of a step: linear warmup, then cosine from `peak` to 0."""
+    """Returns the rate of a step: linear warmup (WARMUP of the steps), then cosine to 0."""
     warmup = max(1, round(WARMUP * steps))
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -293,7 +293,8 @@ def main():
         with only_writer(out) if rank == 0 else contextlib.nullcontext():
             if processes.broadcast(runs.finished(out)):
                 runs.check_same(out, config)
-                print0(f"{stage}: finished already, the run is in {out} (delete it to train again)")
+                print0(f"{stage}: finished already, by the code as it was then: {out}. For changed "
+                       "code delete it, or give --out.")
                 continue
             has_own_data = args.data and stage == args.stage
             if rank == 0 and args.preset == "shapes" and not has_own_data:

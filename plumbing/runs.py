@@ -255,10 +255,12 @@ def group_runs(paths):
         info = about(run)
         seed = info["training"]["seed"]
 
-        # What seeds have in common. Paths may tell the seed, too: "data-s0".
+        # What seeds have in common. A path may tell the seed, too: "data-s0". The run's own path
+        # counts, as runs of changed code have the same settings.
         training = {**info["training"], "seed": None, "micro_batch": None}
         base = None if finished(run) and info["base"] is None else str(source_of(run, "base"))
-        common = json.dumps([name(run), base, info["settings"], training], sort_keys=True)
+        common = [name(run), Path(run).as_posix(), base, info["settings"], training]
+        common = json.dumps(common, sort_keys=True)
         common = re.sub(r"(?<![a-z])s(eed)?[-_]?\d+", "", common)
         if seed in groups.get(common, {}):
             common += str(run)

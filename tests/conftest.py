@@ -66,7 +66,7 @@ def run_script(*arguments, cwd, processes=0, timeout=170, largest_file=None):
 def run_here(script, *arguments, cwd):
     """Does the same in this process: no seconds for starting one.
 
-    script: a file such as "eval.py", or a module such as "analysis.attention"
+    script: a file such as "eval.py", or a module such as "analysis.attention" or "course"
     """
     out, errors, code = io.StringIO(), io.StringIO(), 0
     argv, sys.argv = sys.argv, [script, *map(str, arguments)]
@@ -74,6 +74,7 @@ def run_here(script, *arguments, cwd):
         with (contextlib.chdir(cwd), contextlib.redirect_stdout(out),
               contextlib.redirect_stderr(errors)):
             file = script if script.endswith(".py") else script.replace(".", "/") + ".py"
+            file = file if (ROOT / file).exists() else f"{script}/__main__.py"
             runpy.run_path(str(ROOT / file), run_name="__main__")
     except SystemExit as exit:  # a message goes to stderr and means 1, as Python does it
         code = exit.code if isinstance(exit.code, int) else int(exit.code is not None)

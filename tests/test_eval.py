@@ -114,6 +114,11 @@ def test_the_example_is_a_question_that_only_the_second_answers_rightly(capsys):
 
     eval.print_differences({("SFT", 0): rows, ("KD 0.75", 0): better}, score_row)
     assert capsys.readouterr().out.startswith("KD 0.75 - SFT, spoken: +33.3 points, 95 % interval ")
+    eval.print_differences({("base", 0): rows, ("aligned", 0): aligned, ("KD 0.75", 0): rows,
+                            ("KD 0.75, runs/mine", 0): better, ("KD 1", 1): rows}, score_row)
+    assert capsys.readouterr().out.startswith("KD 0.75, runs/mine - KD 0.75, spoken: +33.3 points")
+    eval.print_differences({("base", 0): rows}, score_row)
+    assert capsys.readouterr().out == "", "nothing to compare"
     eval.print_example({"aligned": aligned, "SFT": rows, "KD 0.75": better}, score_row)
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert lines == ["KD 0.75 is right and SFT wrong: 2 questions. The other way round: 1.",

@@ -1,68 +1,122 @@
-"""The graders of EXERCISES.md grade: each fails on an empty body and on a plausible mistake."""
+"""The graders of the course work grade: wrong solutions fail, right ones pass, each part alone."""
 
-import ast
-import os
+import json
 import re
-import shlex
 import shutil
 import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run_here
+from variants import RIGHT, WRONG
 
-MISTAKES = {  # what a student might write instead
-    "self_kd_loss": ("(teacher.exp() * (teacher - student))",
-                     "(student.exp() * (student - teacher))"),
-    "hear": ("x.unflatten(1, (-1, 2)).mean(2)", "x[:, ::2]"),
-    "continue_prefix": ("prefix.mask.sum(1, keepdim=True) +", "prefix.mask.size(1) +"),
-    "answer_logits": ("hidden[:, :-1][is_answer]", "hidden[:, 1:][is_answer]"),
-    "train_only": ("self.audio_encoder.requires_grad_(True)", "pass"),
-    "collate": ("slot + turn + answer)", "slot + answer)"),
-    "tile": ("distance < best or (distance == best and is_large)", "distance < best"),
-    "learning_rate": ("(step - warmup) / max(1, steps - warmup)", "step / steps"),
-    "forward_backward": ("model(batch, alpha, temperature, n_tokens)",
-                         "model(batch, alpha, temperature)"),
-    "seed_interval": (" / len(differences) ** 0.5", ""),
-}
-ROWS = re.findall(r"(?m)^\| `(\w+)` in `([\w/.]+)` \| .* \| `python (-m pytest .*)` \|$",
-                  (ROOT / "EXERCISES.md").read_text())
+from course.handout import FILES, PARTS, find
 
 
-def emptied(source, name):
-    """Returns a file's text with the body of one function replaced, its docstring aside."""
-    node = next(node for node in ast.walk(ast.parse(source))
-                if isinstance(node, ast.FunctionDef) and node.name == name)
-    lines = source.splitlines()
-    body = " " * node.body[0].col_offset + "raise NotImplementedError"
-    return "\n".join([*lines[: node.body[0].end_lineno], body, *lines[node.end_lineno:]]) + "\n"
+@pytest.fixture(scope="session")
+def handout(tmp_path_factory):
+    """A student's tree, as it is handed out."""
+    folder = tmp_path_factory.mktemp("handout") / "tree"
+    done = run_here("course", "handout", folder, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return folder
 
 
-def test_every_function_has_a_mistake():
-    assert {name for name, *_ in ROWS} == MISTAKES.keys() and len(ROWS) == 10
+def written(name, change):
+    """Returns the lines of a function's body, changed: see variants.py. None changes nothing."""
+    lines = (ROOT / PARTS[name][0]).read_text().splitlines()
+    first, end, _ = find("\n".join(lines), name)
+    body = "\n".join(lines[first:end])
+    if isinstance(change, str):
+        body = change.strip("\n")
+    elif change is not None:
+        assert change[0] in body, f"{name} has no {change[0]!r} any more"
+        body = body.replace(*change)
+    return body.splitlines()
 
 
-CASES = [pytest.param(row, change, id=f"{row[0]}, {change}",
-                      marks=([] if (row[0], change) == ("self_kd_loss", "mistake")
-                             else pytest.mark.slow))
-         for row in ROWS for change in ("empty", "mistake", "as it is")]
+def grade(handout, folder, name, body):
+    """Grades one function with this body in a student's tree where all others are empty.
+
+    Returns the finished process and results.json.
+    """
+    shutil.copytree(handout, folder)
+    file = folder / PARTS[name][0]
+    lines = file.read_text().splitlines()
+    first, end, _ = find("\n".join(lines), name)
+    file.write_text("\n".join([*lines[:first], *body, *lines[end:]]) + "\n")
+    out = folder / "results.json"
+    words = [sys.executable, "-m", "course", "grade", folder, "--part", name, "--out", out]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=170)
+    return done, json.loads(out.read_text())
 
 
-@pytest.mark.parametrize("row, change", CASES)
-def test_a_grader_fails_unless_the_function_is_right(row, change, tmp_path):
-    name, file, command = row
-    tree = tmp_path / "tree"
-    shutil.copytree(ROOT, tree,
-                    ignore=shutil.ignore_patterns(".git", "runs", "__pycache__", "assets"))
-    source = (tree / file).read_text()
-    if change == "empty":
-        source = emptied(source, name)
-    if change == "mistake":
-        assert source.count(MISTAKES[name][0]) >= 1
-        source = source.replace(*MISTAKES[name])
-    (tree / file).write_text(source)
-    words = [sys.executable, *shlex.split(command), "-q", "-x", "-p", "no:cacheprovider"]
-    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run(words, cwd=tree, env=environment, capture_output=True, text=True,
-                          timeout=170)
-    assert done.returncode == (0 if change == "as it is" else 1), done.stdout[-2000:]
+def cases(variants):
+    """Returns a case for each variant; they are slow, but for the first of the loss."""
+    return [pytest.param(name, change, id=f"{name}-{number}",
+                         marks=[] if (name, number) == ("self_kd_loss", 0) else pytest.mark.slow)
+            for name, changes in variants.items() for number, change in enumerate(changes)]
+
+
+@pytest.mark.parametrize("name, change", cases(WRONG))
+def test_a_wrong_solution_is_rejected(name, change, handout, tmp_path):
+    done, results = grade(handout, tmp_path / "tree", name, written(name, change))
+    output = results["tests"][0]["output"]
+    assert done.returncode == 1 and results["score"] == 0, f"{change} is accepted"
+    assert output in done.stdout and "not written yet" not in output, "the others may be empty"
+
+
+@pytest.mark.parametrize("name, change", cases({n: [None, *RIGHT[n]] for n in PARTS}))
+def test_a_right_solution_is_accepted_where_all_others_are_empty(name, change, handout, tmp_path):
+    done, results = grade(handout, tmp_path / "tree", name, written(name, change))
+    assert (done.returncode, results["score"]) == (0, PARTS[name][1]), results
+
+
+def test_there_are_many_wrong_solutions_and_right_ones():
+    assert WRONG.keys() == RIGHT.keys() == PARTS.keys()
+    assert sum(map(len, WRONG.values())) >= 150 and sum(map(len, RIGHT.values())) >= 40
+
+
+def test_the_page_has_a_row_for_each_part():
+    rows = re.findall(r"(?m)^\| `(\w+)` \| `([\w/.]+)` \| (\d+) \|",
+                      (ROOT / "EXERCISES.md").read_text())
+    assert [(name, (file, int(points))) for name, file, points in rows] == list(PARTS.items())
+
+
+def test_a_tree_as_it_is_handed_out_has_no_points(handout):
+    for name in ("self_kd_loss", "seed_interval"):
+        done = subprocess.run([sys.executable, "-m", "course", "grade", "--part", name],
+                              cwd=handout, capture_output=True, text=True, timeout=170)
+        assert done.returncode == 1 and f"{name} is not written yet" in done.stdout, done.stderr
+    results = json.loads((handout / "results.json").read_text())
+    assert results == {"score": 0, "tests": [
+        {"name": "seed_interval", "score": 0, "max_score": 5, "status": "failed",
+         "output": "NotImplementedError: seed_interval is not written yet"}]}
+    (handout / "results.json").unlink()
+
+
+def test_a_handout_has_neither_solutions_nor_tests_but_all_else(handout):
+    names = {path.name for path in handout.iterdir()}
+    assert {"EXERCISES.md", "train.py", "eval.py", "world", "course", "analysis"} <= names
+    assert not names & {".git", ".ci", "runs"} and not (handout / "docs/teaching.md").exists()
+    assert [path.name for path in (handout / "tests").iterdir()] == ["course"]
+    for name, (file, _) in PARTS.items():
+        lines = (handout / file).read_text().splitlines()
+        first, end, _ = find("\n".join(lines), name)
+        assert lines[first:end] == [lines[first]] and "raise NotImplementedError" in lines[first]
+
+
+def test_what_cannot_be_graded_or_written_is_one_line(handout, tmp_path):
+    again = run_here("course", "handout", handout, cwd=tmp_path)
+    assert again.returncode == 1 and "is not empty" in again.stderr
+    nothing = run_here("course", "grade", tmp_path, cwd=tmp_path)
+    assert nothing.returncode == 1 and FILES[0] in nothing.stderr
+    unknown = run_here("course", "grade", "--part", "forward", cwd=tmp_path)
+    assert unknown.returncode == 2 and "self_kd_loss" in unknown.stderr
+    for done in (again, nothing):
+        assert done.stderr.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+def test_code_that_cannot_be_read_is_named(handout, tmp_path):
+    done, results = grade(handout, tmp_path / "tree", "self_kd_loss", ["    return ("])
+    assert done.returncode == 1 and "SyntaxError" in results["tests"][0]["output"]

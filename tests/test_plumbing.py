@@ -197,3 +197,13 @@ def test_a_typed_question_that_is_too_long_to_say_is_one_line(world, start, tmp_
     done = run_here("eval.py", start / "audio", "--image", picture,
                     "--question", "what color " * 60, cwd=tmp_path)
     assert done.returncode == 1 and "30 s" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_runs_of_changed_code_stand_beside_the_unchanged(tmp_path):
+    """The same settings, another folder: never averaged as if they were one."""
+    ours = [write_run(tmp_path / f"kd-s{seed}", seed=seed) for seed in (0, 1)]
+    mine = [write_run(tmp_path / f"mine/kd-s{seed}", seed=seed) for seed in (0, 1, 2)]
+    for run in ("base", "../base"):
+        write_run(tmp_path / "mine" / run, base=None, stage="vision-text")
+    assert runs.group_runs([*ours, *mine]) == {f"KD 0.75 ({ours[0]})": dict(enumerate(ours)),
+                                               f"KD 0.75 ({mine[0]})": dict(enumerate(mine))}

@@ -1,0 +1,1 @@
+"""Course work: a tree to hand out, and points for what comes back."""

@@ -1,0 +1,58 @@
+"""The parts of the course work, and the tree that a student gets: their bodies are empty."""
+
+import ast
+import shutil
+from pathlib import Path
+
+from plumbing.files import BadInput, at, write_text, written_folder
+
+ROOT = Path(__file__).parent.parent
+PARTS = {  # in the order of EXERCISES.md: the file, and the points. The last three are extra.
+    "self_kd_loss": ("loss.py", 10),
+    "learning_rate": ("train.py", 5),
+    "train_only": ("model.py", 5),
+    "answer_logits": ("model.py", 15),
+    "embed": ("model.py", 15),
+    "hear": ("model.py", 15),
+    "continue_prefix": ("model.py", 20),
+    "forward_backward": ("train.py", 15),
+    "collate": ("data.py", 10),
+    "paired_bootstrap": ("plumbing/tables.py", 5),
+    "seed_interval": ("plumbing/tables.py", 5),
+}
+FILES = tuple(dict.fromkeys(file for file, _ in PARTS.values()))
+NOT_COPIED = (".*", "runs", "__pycache__", "results.json", "tests", "teaching.md")
+
+
+def copy_tree(folder):
+    """Copies this tree into a folder. Of the tests, the graders alone."""
+    ignore = shutil.ignore_patterns(*NOT_COPIED)
+    for part in ("", "tests/course"):
+        shutil.copytree(ROOT / part, Path(folder) / part, ignore=ignore, dirs_exist_ok=True)
+
+
+def find(source, name):
+    """Returns (first, end, indent): a function's body without docstring, as a slice of lines."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef) and node.name == name:
+            return node.body[0].end_lineno, node.end_lineno, node.body[0].col_offset
+    raise BadInput(f"has no function {name}")
+
+
+def empty(source, name):
+    """Returns a file's text with one function's body replaced."""
+    lines = source.splitlines()
+    first, end, indent = find(source, name)
+    lines[first:end] = [" " * indent + f'raise NotImplementedError("{name} is not written yet")']
+    return "\n".join(lines) + "\n"
+
+
+def write_handout(folder):
+    """Writes a student's tree into a new folder."""
+    if Path(folder).exists() and any(Path(folder).iterdir()):
+        raise BadInput(f"{folder}: is not empty; a student's work is never overwritten")
+    with written_folder(folder, last="EXERCISES.md") as tree:
+        copy_tree(tree)
+        for name, (file, _) in PARTS.items():
+            with at(tree / file):
+                write_text(tree / file, empty((tree / file).read_text(), name))
