@@ -2,11 +2,11 @@
 
     python -m course handout DIR           # a student's tree: the parts' bodies are empty
     python -m course grade [DIR]           # of DIR, or here: a line a part, points, results.json
-    python -m course grade --part hear     # one part alone
+    python -m course grade --part hear     # one part alone; --extra: all, and the extra ones
 
-`grade` takes the files of DIR that hold the parts. All else, the graders included, is that of the
-tree that it runs in. results.json has Gradescope's form, and the exit code is 0 only if all is
-right, as GitHub Classroom wants it. The student's code is run: use a container.
+`grade` takes the files of DIR that hold the parts, and all else from the tree that it runs in.
+results.json has Gradescope's form. The exit code is 0 only if all is right, as GitHub Classroom
+wants it. The student's code is run: use a container.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from course.handout import FILES, PARTS, copy_tree, write_handout
+from course.handout import ALL, FILES, PARTS, copy_tree, write_handout
 from plumbing.files import BadInput, readable_errors, write_text
 
 SECONDS = 120  # a part may take so many; all take a few
@@ -46,20 +46,19 @@ def grade(args):
 
     Returns an exit code: 0 if all is right. Raises BadInput if a file with parts is not there.
     """
-    folder, parts = Path(args.folder), [args.part] if args.part else list(PARTS)
+    folder, results = Path(args.folder), []
     missing = [file for file in FILES if not (folder / file).is_file()]
     if missing:
         raise BadInput(f"{folder}: has no {', '.join(missing)}")
-    results = []
     with tempfile.TemporaryDirectory() as tree:
         copy_tree(tree)
         for file in FILES:
             shutil.copyfile(folder / file, Path(tree) / file)
-        for part in parts:
-            most, wrong = PARTS[part][1], run_grader(tree, part)
+        for part in [args.part] if args.part else ALL if args.extra else PARTS:
+            most, wrong = ALL[part][1], run_grader(tree, part)
             results.append({"name": part, "score": 0 if wrong else most, "max_score": most,
                             "status": "failed" if wrong else "passed", "output": wrong})
-            print(f"{part:16}  {results[-1]['score']:3} of {most:2}  {wrong}", flush=True)
+            print(f"{part:16}  {0 if wrong else most:3} of {most:3}  {wrong}".rstrip(), flush=True)
 
     score = sum(result["score"] for result in results)
     print(f"{'points':16}  {score:3} of {sum(result['max_score'] for result in results)}")
@@ -75,13 +74,15 @@ def main():
     handout.add_argument("folder", metavar="DIR", help="a new folder")
     grading = commands.add_parser("grade", help="give points")
     grading.add_argument("folder", metavar="DIR", nargs="?", default=".", help="a student's tree")
-    grading.add_argument("--part", choices=PARTS, metavar="NAME", help="grade one part alone")
+    grading.add_argument("--part", choices=ALL, metavar="NAME", help="grade one part alone")
     grading.add_argument("--out", default="results.json", help="where the points are written")
+    for command in (handout, grading):
+        command.add_argument("--extra", action="store_true", help="the extra parts, too")
     args = parser.parse_args()
     if args.command == "grade":
         sys.exit(grade(args))
-    write_handout(args.folder)
-    print(f"{args.folder}: {len(PARTS)} parts are empty; its EXERCISES.md says how to go on")
+    write_handout(args.folder, ALL if args.extra else PARTS)
+    print(f"{args.folder}: a student's tree; its EXERCISES.md says how to go on")
 
 
 if __name__ == "__main__":

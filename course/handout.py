@@ -4,10 +4,10 @@ import ast
 import shutil
 from pathlib import Path
 
-from plumbing.files import BadInput, at, write_text, written_folder
+from plumbing.files import BadInput, write_text, written_folder
 
 ROOT = Path(__file__).parent.parent
-PARTS = {  # in the order of EXERCISES.md: the file, and the points. The last three are extra.
+PARTS = {  # in the order of EXERCISES.md: file and points
     "self_kd_loss": ("loss.py", 10),
     "learning_rate": ("train.py", 5),
     "train_only": ("model.py", 5),
@@ -16,12 +16,16 @@ PARTS = {  # in the order of EXERCISES.md: the file, and the points. The last th
     "hear": ("model.py", 15),
     "continue_prefix": ("model.py", 20),
     "forward_backward": ("train.py", 15),
+}
+EXTRA = {
     "collate": ("data.py", 10),
     "paired_bootstrap": ("plumbing/tables.py", 5),
     "seed_interval": ("plumbing/tables.py", 5),
 }
-FILES = tuple(dict.fromkeys(file for file, _ in PARTS.values()))
-NOT_COPIED = (".*", "runs", "__pycache__", "results.json", "tests", "teaching.md")
+ALL = PARTS | EXTRA
+FILES = sorted({file for file, _ in ALL.values()})
+NOT_COPIED = (".git", ".ci", ".venv", ".*_cache", ".*.tmp", "__pycache__", "runs", "results.json",
+              "tests", "teaching.md")
 
 
 def copy_tree(folder):
@@ -39,20 +43,16 @@ def find(source, name):
     raise BadInput(f"has no function {name}")
 
 
-def empty(source, name):
-    """Returns a file's text with one function's body replaced."""
-    lines = source.splitlines()
-    first, end, indent = find(source, name)
-    lines[first:end] = [" " * indent + f'raise NotImplementedError("{name} is not written yet")']
-    return "\n".join(lines) + "\n"
-
-
-def write_handout(folder):
-    """Writes a student's tree into a new folder."""
+def write_handout(folder, parts):
+    """Writes a student's tree into a new folder, in which these parts are empty."""
     if Path(folder).exists() and any(Path(folder).iterdir()):
         raise BadInput(f"{folder}: is not empty; a student's work is never overwritten")
     with written_folder(folder, last="EXERCISES.md") as tree:
         copy_tree(tree)
-        for name, (file, _) in PARTS.items():
-            with at(tree / file):
-                write_text(tree / file, empty((tree / file).read_text(), name))
+        for name in parts:
+            file = tree / ALL[name][0]
+            lines = file.read_text().splitlines()
+            first, end, indent = find("\n".join(lines), name)
+            error = f'raise NotImplementedError("{name} is not written yet")'
+            lines[first:end] = [" " * indent + error]
+            write_text(file, "\n".join(lines) + "\n")

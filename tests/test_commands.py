@@ -11,7 +11,7 @@ from torch.distributed.run import get_args_parser
 
 # The launcher and its options, the script or module, and words or "quoted words" as far as a
 # comment, a pipe or the end.
-SCRIPT = r"(?:\w+\.py|-m (?:analysis|world)\.\w+)"
+SCRIPT = r"(?:\w+\.py|-m (?:course|(?:analysis|world)\.\w+))"
 WORD = r"""(?:"[^"]*"|[^\s;`)|#"]+)"""
 COMMAND = rf"(?:torchrun|python)(?: (?!-m )[^\s;`)|#]+)*? {SCRIPT}(?: {WORD})*"
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
@@ -104,7 +104,7 @@ def imports(path):
 def test_imports_go_one_way():
     """The order of the rooms; a file may import what stands before it, and its own folder."""
     order = ["plumbing", "loss", "real", "world", "data", "model", "train", "benchmarks", "eval",
-             "mmalign", "analysis"]
+             "mmalign", "analysis", "course"]
     modules = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in FILES}
     arrows = {name: imports(path) & set(modules.values()) for path, name in modules.items()}
     for name, others in arrows.items():

@@ -80,20 +80,6 @@ def test_mmalign_wants_the_true_sentence_and_not_the_false_one():
     assert score_answer(row, "a star above a circle or a circle above a star") == 0
 
 
-@pytest.mark.parametrize("n_seeds, spread", [(1, 0.0), (3, 0.1), (5, 0.1), (12, 0.1)])
-def test_the_interval_covers_the_true_difference(n_seeds, spread):
-    """Also where seeds of training differ by more than the choice of questions does."""
-    rng, covered = random.Random(0), 0
-    for _ in range(100):
-        a = [[float(rng.random() < 0.5) for _ in range(200)] for _ in range(n_seeds)]
-        chances = [0.6 + rng.gauss(0, spread) for _ in range(n_seeds)]
-        b = [[float(rng.random() < chance) for _ in range(200)] for chance in chances]
-        (_, low, high), how = seed_interval(a, b)
-        covered += low <= 10 <= high
-        assert ("seeds" if n_seeds > 2 else "questions") in how
-    assert covered >= 90  # of 100; a percentile bootstrap over five seeds covers 82
-
-
 def test_the_interval_over_five_seeds_is_the_textbooks():
     """docs/results.md, Self-KD 0.75 - SFT by seed; by scipy's ttest_1samp +1.7 to +15.1."""
     zero, gains = [[0.0]] * 5, [[0.134], [0.144], [0.056], [0.016], [0.072]]

@@ -10,21 +10,21 @@ import pytest
 from conftest import ROOT, run_here
 from variants import RIGHT, WRONG
 
-from course.handout import FILES, PARTS, find
+from course.handout import ALL, FILES, find
 
 
 @pytest.fixture(scope="session")
 def handout(tmp_path_factory):
     """A student's tree, as it is handed out."""
     folder = tmp_path_factory.mktemp("handout") / "tree"
-    done = run_here("course", "handout", folder, cwd=ROOT)
+    done = run_here("course", "handout", folder, "--extra", cwd=ROOT)
     assert done.returncode == 0, done.stderr
     return folder
 
 
 def written(name, change):
     """Returns the lines of a function's body, changed: see variants.py. None changes nothing."""
-    lines = (ROOT / PARTS[name][0]).read_text().splitlines()
+    lines = (ROOT / ALL[name][0]).read_text().splitlines()
     first, end, _ = find("\n".join(lines), name)
     body = "\n".join(lines[first:end])
     if isinstance(change, str):
@@ -41,7 +41,7 @@ def grade(handout, folder, name, body):
     Returns the finished process and results.json.
     """
     shutil.copytree(handout, folder)
-    file = folder / PARTS[name][0]
+    file = folder / ALL[name][0]
     lines = file.read_text().splitlines()
     first, end, _ = find("\n".join(lines), name)
     file.write_text("\n".join([*lines[:first], *body, *lines[end:]]) + "\n")
@@ -66,21 +66,21 @@ def test_a_wrong_solution_is_rejected(name, change, handout, tmp_path):
     assert output in done.stdout and "not written yet" not in output, "the others may be empty"
 
 
-@pytest.mark.parametrize("name, change", cases({n: [None, *RIGHT[n]] for n in PARTS}))
+@pytest.mark.parametrize("name, change", cases({n: [None, *RIGHT[n]] for n in ALL}))
 def test_a_right_solution_is_accepted_where_all_others_are_empty(name, change, handout, tmp_path):
     done, results = grade(handout, tmp_path / "tree", name, written(name, change))
-    assert (done.returncode, results["score"]) == (0, PARTS[name][1]), results
+    assert (done.returncode, results["score"]) == (0, ALL[name][1]), results
 
 
 def test_there_are_many_wrong_solutions_and_right_ones():
-    assert WRONG.keys() == RIGHT.keys() == PARTS.keys()
+    assert WRONG.keys() == RIGHT.keys() == ALL.keys()
     assert sum(map(len, WRONG.values())) >= 150 and sum(map(len, RIGHT.values())) >= 40
 
 
 def test_the_page_has_a_row_for_each_part():
     rows = re.findall(r"(?m)^\| `(\w+)` \| `([\w/.]+)` \| (\d+) \|",
                       (ROOT / "EXERCISES.md").read_text())
-    assert [(name, (file, int(points))) for name, file, points in rows] == list(PARTS.items())
+    assert [(name, (file, int(points))) for name, file, points in rows] == list(ALL.items())
 
 
 def test_a_tree_as_it_is_handed_out_has_no_points(handout):
@@ -100,7 +100,7 @@ def test_a_handout_has_neither_solutions_nor_tests_but_all_else(handout):
     assert {"EXERCISES.md", "train.py", "eval.py", "world", "course", "analysis"} <= names
     assert not names & {".git", ".ci", "runs"} and not (handout / "docs/teaching.md").exists()
     assert [path.name for path in (handout / "tests").iterdir()] == ["course"]
-    for name, (file, _) in PARTS.items():
+    for name, (file, _) in ALL.items():
         lines = (handout / file).read_text().splitlines()
         first, end, _ = find("\n".join(lines), name)
         assert lines[first:end] == [lines[first]] and "raise NotImplementedError" in lines[first]
