@@ -155,7 +155,7 @@ class OLLM(nn.Module):
     def embed(self, ids, pixels=None, audio_tokens=None):
         """Returns embeddings (B, T, D) of ids (B, T), with image and audio tokens in their slots.
 
-        pixels: the whole batch's pictures; audio_tokens: (B, A, D), padding beyond a row's slots
+        pixels: the pictures of the whole batch; audio_tokens: (B, A, D), padded beyond the slots
         """
         # AUDIO_SLOT is no id of the vocabulary: 0 stands in for it until the audio tokens come.
         audio_slots = ids == AUDIO_SLOT  # (B, T)

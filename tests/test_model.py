@@ -20,7 +20,6 @@ from PIL import Image
 import data
 from analysis import bench
 from data import IGNORE
-from loss import self_kd_loss
 from model import OLLM, normalize, start_model
 from plumbing.files import BadInput
 from plumbing.media import speak

@@ -20,8 +20,8 @@ WRONG = {
         ("* ce, kl, ce", "* ce, ce, kl"),
         (".sum() / n_tokens", ".sum() / len(labels)"),
         ('reduction="sum") / n_tokens', 'reduction="mean")'),
-        ("log_softmax(teacher_logits.to(dtype) / temperature, dim=-1)",
-         "softmax(teacher_logits.to(dtype) / temperature, dim=-1).log()"),
+        ("log_softmax(student_logits / temperature, dim=-1)",
+         "softmax(student_logits / temperature, dim=-1).log()"),
         ("torch.promote_types(student_logits.dtype, torch.float32)", "student_logits.dtype"),
         ("log_softmax(student_logits /", "log_softmax(student_logits.detach() /"),
         ("assert 0 <= alpha <= 1", "assert alpha <= 1"),
@@ -43,7 +43,8 @@ WRONG = {
         ("(step + 1) / warmup", "((step + 1) / warmup) ** 2"),
     ],
     "train_only": [
-        ("self.audio_encoder.requires_grad_(True)", "pass"),
+        ('self.audio_encoder.requires_grad_(part == "audio")', "pass"),
+        ('part == "audio"', "True"),
         ("self.projector.requires_grad_(True)", "pass"),
         ("self.projector.requires_grad_(True)", "self.projector.weight.requires_grad_(True)"),
         ("self.audio_encoder.embed_positions.requires_grad_(False)", "pass"),
@@ -105,7 +106,7 @@ WRONG = {
         ("n_frames[:, None] // 2", "n_frames[:, None] // 4"),
         ("if padding.any():", "if False:"),
         (">= n_frames", "> n_frames"),
-        ("x = layer(x, mask)", "x, mask = layer(x, mask), None"),
+        ("x = checkpoint(", "x, mask = (layer(x, mask), None) if True else checkpoint("),
         ("x = encoder.layer_norm(x)", "pass"),
         ("mean(2)", "mean(2)\n        x = encoder.layer_norm(x)"),
         ("encoder.layers:", "encoder.layers[:1]:"),
@@ -243,6 +244,8 @@ RIGHT = {
          'F.kl_div(student, teacher, reduction="sum", log_target=True)'),
         ("(teacher.exp() * ratio).sum()",
          "(F.softmax(teacher_logits.to(dtype) / temperature, -1) * ratio).sum()"),
+        ("log_softmax(teacher_logits.to(dtype) / temperature, dim=-1)",
+         "softmax(teacher_logits.to(dtype) / temperature, dim=-1).log()"),
         ('F.cross_entropy(student_logits, labels, reduction="sum")',
          "-F.log_softmax(student_logits, -1)[torch.arange(len(labels)), labels].sum()"),
         ("""
@@ -276,13 +279,14 @@ RIGHT = {
         for name, parameter in self.named_parameters():
             is_lvlm = name.startswith("lvlm.")
             is_wanted = is_lvlm == (stage == "vision-text")
-            parameter.requires_grad = is_wanted and "embed_positions" not in name
+            is_frozen = name.startswith("audio_encoder.") and part == "projector"
+            parameter.requires_grad = is_wanted and not is_frozen and "embed_pos" not in name
 """),
         ("""
         reads = stage == "vision-text"
         self.lvlm.requires_grad_(reads)
         if self.audio_encoder is not None:
-            self.audio_encoder.requires_grad_(not reads)
+            self.audio_encoder.requires_grad_(not reads and part != "projector")
             self.projector.requires_grad_(not reads)
             self.audio_encoder.embed_positions.weight.requires_grad = False
 """),

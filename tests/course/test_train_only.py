@@ -33,6 +33,14 @@ def test_stages_with_speech(stage):
     assert names == NAMES - LVLM - SINUSOIDS, f"in {stage} all else of the audio encoder is trained"
 
 
+def test_the_projector_alone():
+    ollm = tiny_model()
+    ollm.train_only("vision-audio", part="projector")
+    names = {name for name, parameter in ollm.named_parameters() if parameter.requires_grad}
+    assert names == {"projector.weight", "projector.bias"}, (
+        'with the part "projector" the audio encoder is frozen, too')
+
+
 def test_one_stage_after_another():
     cause = "what the stage before has frozen or trained does not matter"
     assert trained("vision-audio", ["vision-text"]) == NAMES - LVLM - SINUSOIDS, cause
