@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import json
 import re
 import shlex
 
@@ -14,14 +15,23 @@ from torch.distributed.run import get_args_parser
 SCRIPT = r"(?:\w+\.py|-m (?:course|(?:analysis|world)\.\w+))"
 WORD = r"""(?:"[^"]*"|[^\s;`)|#"]+)"""
 COMMAND = rf"(?:torchrun|python)(?: (?!-m )[^\s;`)|#]+)*? {SCRIPT}(?: {WORD})*"
-PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("docs/*.ipynb")]
 FILES = [path for path in ROOT.rglob("*.py")
          if "tests" not in path.parts and not path.relative_to(ROOT).parts[0].startswith(".")]
 
 
+def read_page(path):
+    """Returns a page's Markdown; of a notebook, that of its cells."""
+    if path.suffix == ".md":
+        return path.read_text()
+    cells = json.loads(path.read_text())["cells"]
+    return "\n\n".join("".join(cell["source"]) for cell in cells
+                       if cell["cell_type"] == "markdown")
+
+
 def written_commands():
     """Yields (where, command) of each command in the pages and the files' docstrings."""
-    texts = {str(path.relative_to(ROOT)): path.read_text() for path in PAGES}
+    texts = {str(path.relative_to(ROOT)): read_page(path) for path in PAGES}
     for path in FILES:
         docstring = ast.get_docstring(ast.parse(path.read_text()))
         texts[str(path.relative_to(ROOT))] = docstring.replace("\\\\\n", "\\\n")
@@ -73,7 +83,7 @@ def test_pointers_lead_to_what_they_name():
 
 def test_links_and_pictures_are_there_and_nothing_is_left_to_fill_in():
     for path in PAGES:
-        text = path.read_text()
+        text = read_page(path)
         for link in re.findall(r"\]\((?!http|#)([^)#]+)(?:#[^)]*)?\)", text):
             assert (path.parent / link).exists(), f"{path.name}: {link}"
         assert not re.findall(r"@[A-Z]+@|TODO|<!--", text), path.name
