@@ -65,7 +65,9 @@ def test_the_loss_by_hand_is_the_one_of_loss_py():
 
 @pytest.fixture(scope="module")
 def clone(world, tmp_path_factory):
-    """A clone with the shortest chain of seed 0: two steps a stage, and a few answers."""
+    """A clone with the shortest chain of seed 0: two steps a stage, a few answers."""
+    pytest.importorskip("nbclient")
+    pytest.importorskip("ipykernel")
     clone = tmp_path_factory.mktemp("clone")
     for path in [*ROOT.glob("*.py"), *(file.parent for file in ROOT.glob("*/__init__.py"))]:
         (clone / path.name).symlink_to(path)
@@ -85,8 +87,7 @@ def clone(world, tmp_path_factory):
 @pytest.mark.parametrize("folder, n", [("docs", len(CELLS)), (".", 6)])
 def test_the_page_runs(clone, folder, n):
     """Runs all cells from docs/, and those that read files from the root."""
-    nbclient = pytest.importorskip("nbclient")
-    pytest.importorskip("ipykernel")
+    import nbclient
     import nbformat
 
     book = nbformat.read(PAGE, as_version=4)
