@@ -173,7 +173,7 @@ def collate(samples, tokenizer, mel_extractor, settings, answers=True):
 
     # The question aloud, which the student hears. Where there is none, an instruction after the
     # speech asks for a transcript. "audio_seconds" pads speech; plain Whisper hears 30 s.
-    if "wave" in samples[0]:
+    if "wave" in samples[0] and mel_extractor:
         shortest = int(settings.get("audio_seconds", 0) * SAMPLE_RATE)
         waves, slots = [], []
         for sample in samples:
