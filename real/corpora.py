@@ -146,15 +146,14 @@ def plain_transcript(text):
 
 def librispeech_tasks(args):
     """Yields LibriSpeech. torchaudio downloads and unpacks a split beside its place, if need be."""
-    split, archive = (Path(args.root, name) for name in
-                      (f"LibriSpeech/{args.split}", f"{args.split}.tar.gz"))
+    split, archive = Path(args.root, "LibriSpeech", args.split), f"{args.split}.tar.gz"
     place = split.with_name(f".{split.name}")
     if not split.exists():
         with (at(f"LibriSpeech {args.split} is not under {args.root}, and there is no download"),
               only_writer(place, patience=24 * 3600),
               TemporaryDirectory(dir=place, prefix=".", suffix=".tmp") as beside):
-            if archive.exists():
-                Path(beside, archive.name).symlink_to(archive.resolve())
+            if Path(args.root, archive).exists():
+                Path(beside, archive).symlink_to(Path(args.root, archive).resolve())
             if not split.exists():  # no other process has made it meanwhile
                 torchaudio.datasets.LIBRISPEECH(beside, url=args.split, download=True)
                 os.replace(Path(beside, "LibriSpeech", args.split), split)
@@ -188,12 +187,12 @@ def manifest_tasks(args):
 
 
 def our_row(row):
-    """Returns a manifest's row with our names for its columns, and without empty cells."""
+    """Returns a manifest's row with our names for its columns."""
     known = {}
     for column, cell in row.items():
         theirs = column.strip().lower()
         name = next((ours for ours, usual in COLUMNS.items() if re.fullmatch(usual, theirs)), None)
-        if name is None or cell in ("", None):
+        if name is None or cell in ("", None) and name not in ("audio", "text"):
             continue
         if name == "part" or name in known:
             raise BadInput(f"the column {column!r} is not known, or another says the same")

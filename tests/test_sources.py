@@ -481,6 +481,15 @@ def test_two_ids_of_one_file_are_refused(tmp_path, ten_seconds, one, other):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("header", [None, ["audio", "text"]])
+@pytest.mark.parametrize("text", ["", None, "  ", "[noise]"])
+def test_a_row_without_words_is_left_out(tmp_path, ten_seconds, text, header):
+    done = manifest(tmp_path, [{"audio": "x.wav", "text": text}, {"audio": "x.wav", "text": "go"}],
+                    header)
+    assert done.returncode == 0 and "1 samples; 1 left out" in done.stdout, done.stderr
+    assert "the transcript" in read_lines(tmp_path / "out/skipped.jsonl")[0]["skipped"]
+
+
 def test_an_id_of_zero_is_an_id(tmp_path, ten_seconds):
     done = manifest(tmp_path, [{"id": n, "audio": "x.wav", "text": "go"} for n in (1, 0)])
     assert done.returncode == 0, done.stderr
