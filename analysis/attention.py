@@ -202,8 +202,7 @@ def measure_runs(args):
             base = runs.about(run)["base_fingerprint"]
             if bases.setdefault(seed, base) != base:
                 raise BadInput(f"{run}: has another base than the other runs of seed {seed}")
-            # In float32, also on a GPU: the differences to be seen are small.
-            ollm = OLLM.load(run).to(args.device).eval()
+            ollm = OLLM.load(run, args.device).eval()
             folder = runs.questions_of(args, seed)
 
             # The LLM is frozen: all runs on a base read alike.

@@ -231,7 +231,7 @@ def probe(run, seed, args):
     {"lens": {line: (L,)}, "knockout": {"cut, form": (windows,)}, "table": {line: number},
     "items": number}
     """
-    ollm = OLLM.load(run).to(args.device).eval()  # in float32, also on a GPU
+    ollm = OLLM.load(run, args.device).eval()
     layers = len(ollm.lvlm.model.language_model.layers)
     if args.window > layers:
         raise BadInput(f"--window {args.window}: the LLM has {layers} layers")
@@ -245,7 +245,7 @@ def probe(run, seed, args):
         recalls += lens(ollm, batch, items, args.top)
         for form in ("text", "audio"):
             for name, change in knockout(ollm, batch, form, args.window).items():
-                changes.setdefault(f"{name}, {form}", []).append(change)
+                changes.setdefault(f"{name}, {form}", []).append(change.cpu())
         shifts.append(shift(ollm, batch))
 
     table, items = shift_table(torch.cat(shifts)), [samples[i] for i in indices]
