@@ -147,15 +147,15 @@ def test_an_answer_ends_where_the_rotations_change(original):
 # ---- the shared prefix, in float64 ----
 
 
-def build_listener(family, folder):
-    """Returns a tiny LVLM of a family that listens, in float64."""
+def build_listener(family, folder, dtype=torch.float64):
+    """Returns a tiny LVLM of a family that listens."""
     ollm = OLLM.load(build_lvlm_folder(family, folder))
     small = {"image_size": 56, "tokens_per_tile": 4, "max_tiles": 3}
     torch.manual_seed(0)
-    ollm = OLLM(ollm.lvlm, ollm.tokenizer, ollm.settings | small, None, *build_audio_encoder())
+    ollm = OLLM(ollm.lvlm, ollm.tokenizer, ollm.settings | small, ollm.base, *build_audio_encoder())
     torch.nn.init.normal_(ollm.projector.weight, std=0.3)
     ollm.train_only("vision-audio")
-    return to_float64(ollm)
+    return to_float64(ollm) if dtype == torch.float64 else ollm
 
 
 def make_samples(ollm, pictures):
