@@ -261,7 +261,7 @@ def group_runs(paths):
         base = None if finished(run) and info["base"] is None else str(source_of(run, "base"))
         common = [name(run), Path(run).as_posix(), base, info["settings"], training]
         common = json.dumps(common, sort_keys=True)
-        common = re.sub(r"(?<![a-z])s(eed)?[-_]?\d+", "", common)
+        common = re.sub(r"[-_]?(?<![a-z])s(eed)?[-_]?\d+", "", common)
         if seed in groups.get(common, {}):
             common += str(run)
         groups.setdefault(common, {})[seed] = run
