@@ -95,7 +95,7 @@ def at_least(low, most=math.inf):
         value = type(low)(text)
         if low <= value <= most and value < math.inf:
             return value
-        raise argparse.ArgumentTypeError(f"{text} is not between {low} and {most}")
+        raise argparse.ArgumentTypeError(f"{text} is not between {low:g} and {most:g}")
     return number
 
 

@@ -222,7 +222,7 @@ def test_an_evaluation_that_fails_changes_neither_run_nor_exit_code(world, start
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--alpha", "2"], "between 0.0 and 1.0"),
+    (["--alpha", "2"], "between 0 and 1"),
     (["--stage", "video"], "invalid choice"),
     (["--stage", "vision-audio", "--init", "BASE", "--data", "PART"], "no audio encoder"),
     (["--stage", "vision-audio", "--init", "nowhere", "--data", "PART"], "nowhere"),
