@@ -110,6 +110,7 @@ def test_all_seven_by_text_and_by_voice(place):
     assert lines[1]["prompt"].startswith("How?\nA. one\nB. two\nC. three\nAnswer with the option")
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_was_killed_goes_on_to_the_same_answers(copy):
     write_tsv(copy / "tsv/DocVQA_VAL.tsv",
               [{"index": i, "image": picture((i, 9 * i, 0)), "answer": "circle",

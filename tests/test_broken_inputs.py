@@ -59,7 +59,7 @@ def bounds():
     resource.setrlimit(resource.RLIMIT_AS, before)
 
 
-@pytest.fixture(params=[8, pytest.param(None, marks=pytest.mark.slow)], ids=["some", "all"])
+@pytest.fixture(params=[5, pytest.param(None, marks=pytest.mark.slow)], ids=["some", "all"])
 def most(request):
     """How many cases of a kind to try; None: all."""
     return request.param

@@ -282,6 +282,7 @@ def test_several_questions_are_on_their_way_at_once_and_answers_are_in_order(ser
     assert max(most) == 4
 
 
+@pytest.mark.slow
 def test_ctrl_c_does_not_wait_for_a_server_that_hangs(server, tmp_path):
     url, requests, todo = server
     todo += [lambda body: 30.0]

@@ -83,6 +83,7 @@ def test_the_page_has_a_row_for_each_part():
     assert [(name, (file, int(points))) for name, file, points in rows] == list(ALL.items())
 
 
+@pytest.mark.slow
 def test_a_tree_as_it_is_handed_out_has_no_points(handout):
     for name in ("self_kd_loss", "seed_interval"):
         done = subprocess.run([sys.executable, "-m", "course", "grade", "--part", name],

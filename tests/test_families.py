@@ -492,7 +492,9 @@ def align(family, world, folder):
     return flags, lvlm, folder / f"runs/{PRESETS[family]}/audio-text-s0"
 
 
-@pytest.mark.parametrize("family", ["llama", "phi3", "qwen2_vl", "internvl3", "internvl3_5"])
+@pytest.mark.parametrize("family", [
+    "qwen2_vl", "internvl3", *(pytest.param(family, marks=pytest.mark.slow)
+                               for family in ("llama", "phi3", "internvl3_5"))])
 def test_a_published_checkpoint_is_trained_and_evaluated(family, world, tmp_path):
     flags, lvlm, aligned = align(family, world, tmp_path)
     trained = tmp_path / "trained"

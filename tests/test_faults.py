@@ -134,7 +134,9 @@ def test_torchrun_is_killed_and_one_process_goes_on(options, undisturbed, tmp_pa
 
 
 @pytest.mark.parametrize("spoil, named", [
-    ("data", "data is "), ("start", "init is "), ("option", "lr is 0.001 there and 0.002 here")])
+    ("data", "data is "),
+    pytest.param("start", "init is ", marks=pytest.mark.slow),
+    pytest.param("option", "lr is 0.001 there and 0.002 here", marks=pytest.mark.slow)])
 def test_processes_that_see_other_things_do_not_train(start, world, tmp_path, spoil, named):
     """Two machines, each with a copy of its own, one of which differs: it trained."""
     for rank in (0, 1):

@@ -100,6 +100,7 @@ def options(world, aligned):
             "--max-steps", 4, "--save-every", 2]
 
 
+@pytest.mark.slow
 def test_two_processes_take_the_same_steps(options, tmp_path):
     one = run_here(FLOAT64, *options, "--out", tmp_path / "one", cwd=tmp_path)
     assert one.returncode == 0, one.stderr

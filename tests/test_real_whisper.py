@@ -154,6 +154,7 @@ def training(run):
     return json.loads((run / "ollm.json").read_text())["training"]
 
 
+@pytest.mark.slow
 def test_a_real_whisper_has_a_chain_of_its_own(here, capfd):
     shapes, chain = here / "runs/shapes", here / "runs/shapes-whisper-tiny"
     before = contents(shapes)

@@ -2,12 +2,14 @@
 
 import json
 
+import pytest
 from conftest import run_here
 
 import data
 from model import OLLM
 
 
+@pytest.mark.slow
 def test_a_folder_is_answered_by_the_base_and_trained_on(world, start, tmp_path):
     command = ("analysis.relabel", start / "base", world / "vision-audio", "--batch", 30)
     done = run_here(*command, "--out", tmp_path / "whole", cwd=tmp_path)
