@@ -18,7 +18,7 @@ def self_kd_loss(student_logits, teacher_logits, labels, alpha, temperature=1.0,
     labels          (N,) the answer's tokens
     alpha           0 is supervised fine-tuning, 1 is distillation alone (both in the paper's Table
                     3): the other term is 0. Of the five of its Table 5, 0.75 is best. What is not
-                    from 0 to 1 is refused
+                    from 0 to 1 is refused, by an assert or a ValueError
     temperature     softens both; its square scales the KL (Hinton et al., 2015); the paper uses 1
     n_tokens        what the sums over N are divided by; None means N. Training passes the number
                     of answer tokens in the global batch, so that every token counts the same

@@ -189,7 +189,7 @@ class OLLM(nn.Module):
 
         audio_tokens: (B, A, D) of a spoken query; None for a written one
         Returns (hidden states (B, S, D), the longer Prefix). The prefix itself stays as it is, and
-        may need a gradient. Its shift is added to the positions that follow.
+        may need a gradient. Its shift is added to all positions that follow.
         In world/lessons.py alone a row has several questions: "part" (B, S) numbers them, and
         "positions" (B, S), from the prefix's end, are their own. A token then sees the prefix and
         what stands before it in its part.

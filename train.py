@@ -207,9 +207,9 @@ def draw_on_policy(config, step, ollm, micro_batches, collate):
 def forward_backward(model, micro_batches, alpha, temperature, device, world_size):
     """Computes one step's gradient from this rank's micro-batches.
 
-    Returns the global batch's [loss, kl, ce]. Every answer token of the global batch counts the
-    same, whatever its rank: sums are divided by the global number of answer tokens, and multiplied
-    by world_size because DDP averages gradients over the ranks.
+    Returns the global batch's [loss, kl, ce], three numbers. Every answer token of that batch
+    counts the same, whatever its rank: sums are divided by the global number of answer tokens, and
+    multiplied by world_size because DDP averages gradients over the ranks.
     """
     micro_batches = [processes.to_device(batch, device) for batch in micro_batches]
     n_tokens = sum(map(data.count_answer_tokens, micro_batches))

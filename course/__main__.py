@@ -22,7 +22,7 @@ from pathlib import Path
 from course.handout import ALL, FILES, PARTS, copy_tree, write_handout
 from plumbing.files import BadInput, readable_errors, write_text
 
-SECONDS = 120  # a part may take so many; all take a few
+SECONDS = 300  # a part may take so many; all take a few
 
 
 def run_grader(tree, part):

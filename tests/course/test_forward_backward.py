@@ -111,7 +111,7 @@ def test_two_ranks(tmp_path):
     for rank in ranks:
         rank.start()
     for rank in ranks:
-        rank.join(timeout=30)
+        rank.join(timeout=90)
         rank.kill()
     results = [tmp_path / f"{rank}.safetensors" for rank in range(2)]
     if not all(path.exists() for path in results):

@@ -49,7 +49,8 @@ def test_clips_of_several_lengths(ollm):
     for tokens, clip, n in zip(ours, mel, n_frames.tolist()):
         same(tokens[: n // 4], whisper(ollm, clip[None, :, :n])[0],
              "a clip's tokens depend on its batch: no layer's attention may look past the clip's "
-             "end, which is at n_frames / 2 after the second convolution")
+             "end, which is at n_frames / 2 after the second convolution. (Is the mask of x's "
+             "dtype?)")
 
 
 def test_the_encoder_learns(ollm):
