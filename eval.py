@@ -70,7 +70,9 @@ def evaluate(run, folder, kinds, args, forms=("text", "audio")):
         ollm.settings["max_tiles"] = args.max_tiles
     forms = ("text",) if ollm.audio_encoder is None else forms
     samples = data.Samples(folder, ollm.settings, [KEYS[form] for form in forms])
-    indices = [i for i, row in enumerate(samples.rows) if not kinds or row.get("kind") in kinds]
+    indices = range(len(samples))
+    if kinds:
+        indices = [i for i, row in enumerate(samples.rows) if row.get("kind") in kinds]
     indices = indices[: args.n]
     if not indices:
         raise BadInput(f"{folder}: has no question of the kinds {', '.join(kinds or ['any'])}")

@@ -299,9 +299,8 @@ class OLLM(nn.Module):
     @classmethod
     def load(cls, run, device="cpu"):
         """Reads a run folder, all frozen. An LVLM's folder or hub id gives one without audio."""
-        base, whisper = runs.source_of(run, "base"), runs.source_of(run, "whisper")
         with at(run):
-            info = runs.check_sources(run)
+            info, base, whisper = runs.checked_sources(run)
 
             # The LVLM, from the base.
             lvlm = load_lvlm(base, device=device)
@@ -313,11 +312,8 @@ class OLLM(nn.Module):
             # What was trained, from the run: no name missing, none unknown.
             parts = empty_audio_encoder(run) if whisper == run else load_audio_encoder(whisper)
             ollm = cls(lvlm, tokenizer, settings, base, *parts, whisper)
-            elsewhere = ("lvlm.",) if whisper == run else ("lvlm.", "audio_encoder.")
-            weights = load_file(Path(run) / "model.safetensors")
-            weights |= {name: tensor for name, tensor in ollm.state_dict().items()
-                        if name.startswith(elsewhere)}
-            ollm.load_state_dict(weights)
+            own = runs.own_parts(ollm, whisper == run)
+            own.load_state_dict(load_file(Path(run) / "model.safetensors"))
             return ollm.requires_grad_(False).to(device)
 
 

@@ -12,11 +12,12 @@ import statistics
 from torchaudio.functional import edit_distance
 
 from plumbing.files import BadInput
+from real.speech import APOSTROPHES
 
 
 def to_words(text):
     """Returns a text's words as they are compared: "It's twenty-one." has it's, twenty and one."""
-    text = re.sub("[’`´]", "'", text.lower())
+    text = APOSTROPHES.sub("'", text.lower())
     return re.findall(r"[^\W_]+(?:'[^\W_]+)*", text)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 from safetensors.torch import save_file
+from torch import nn
 
 from plumbing.files import BadInput, at, at_least, json_lines, read_json, written_folder
 from plumbing.processes import default_device
@@ -90,18 +91,25 @@ def save(ollm, run, config):
             ollm.lvlm.save_pretrained(folder)
             ollm.tokenizer.save_pretrained(folder)
         else:
-            elsewhere = ("lvlm.", "audio_encoder.") if ollm.whisper else ("lvlm.",)
-            trained = {name: tensor.contiguous() for name, tensor in ollm.state_dict().items()
-                       if not name.startswith(elsewhere)}
+            weights = own_parts(ollm, ollm.whisper is None).state_dict()
+            weights = {name: tensor.contiguous() for name, tensor in weights.items()}
             for part, source in (("base", ollm.base), ("whisper", ollm.whisper)):
                 if source:
                     is_folder = Path(source).is_dir()
                     info[part] = os.path.relpath(source, run) if is_folder else str(source)
                     info[f"{part}_fingerprint"] = fingerprint(source)
-            save_file(trained, folder / "model.safetensors", metadata={"format": "pt"})
+            save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
             ollm.audio_encoder.config.save_pretrained(folder)
             ollm.mel_extractor.save_pretrained(folder)
         (folder / "ollm.json").write_text(json.dumps(info, indent=1) + "\n")
+
+
+def own_parts(ollm, with_encoder):
+    """Returns what a run holds of an OLLM that listens, as one module; all else lies elsewhere."""
+    parts = {"projector": ollm.projector}
+    if with_encoder:
+        parts["audio_encoder"] = ollm.audio_encoder
+    return nn.ModuleDict(parts)
 
 
 def source_of(run, part):
@@ -116,14 +124,17 @@ def source_of(run, part):
     return beside if beside.is_dir() else source
 
 
-def check_sources(run):
-    """Returns a run's ollm.json. Raises BadInput if a part that it names is another one now."""
+def checked_sources(run):
+    """Returns a run's ollm.json and where its base and its Whisper lie, see `source_of`.
+
+    Raises BadInput if one of them is another now than in training.
+    """
     info = about(run)
-    for part in ("base", "whisper"):
-        source = source_of(run, part)
+    sources = [source_of(run, part) for part in ("base", "whisper")]
+    for part, source in zip(("base", "whisper"), sources):
         if source != run and fingerprint(source) != info[f"{part}_fingerprint"]:
             raise BadInput(f"was trained on another {part} than lies in {source} now")
-    return info
+    return info, *sources
 
 
 def name(run):

@@ -53,7 +53,6 @@ def spoken_text(line):
 # ---- espeak-ng -----------------------------------------------------------------------------------
 
 
-
 def speak_espeak(name, line, folder, seed, voices):
     """Speaks a line's question with espeak-ng; voice, rate and pitch are the line's own."""
     rng = random.Random(f"{seed}/{name}")
