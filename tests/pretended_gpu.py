@@ -10,6 +10,7 @@ Not seen are a card's own kernels, its memory, its speed, and NCCL. Autograd's e
 driver, so `backward` takes its place: it calls torch's own formulas in the engine's order.
 """
 
+import ctypes
 import functools
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
@@ -167,10 +168,27 @@ def set_data(tensor, other):
         tensor.numbers = other.numbers
 
 
+def guard_nothing():
+    """Gives CUDA a device guard that does nothing: autograd asks it for a stream.
+
+    torch has one, for FakeTensorMode, which takes the place of a guard that counts no cards.
+    PyTorch's CPU build has no such guard. Here is one in C++'s layout: a pointer to its methods.
+    """
+    count = ctypes.CFUNCTYPE(ctypes.c_int8, ctypes.c_void_p)(lambda guard: 0)
+    methods = (ctypes.c_void_p * 64)(*[ctypes.cast(count, ctypes.c_void_p).value] * 64)
+    guard = ctypes.c_void_p(ctypes.addressof(methods))
+
+    # The guards stand in the order of c10::DeviceType: the CPU's, then CUDA's.
+    guards = (ctypes.c_void_p * 2).in_dll(ctypes.CDLL(torch._C.__file__),
+                                          "_ZN3c104impl26device_guard_impl_registryE")
+    guards[1] = ctypes.addressof(guard)
+    torch._C._ensureCUDADeviceGuardSet()
+
+
 def pretend():
     """Pretends a GPU in this process, for good."""
     # Nothing asks for a driver, and the loader pins.
-    torch._C._ensureCUDADeviceGuardSet()  # as FakeTensorMode does on a machine without CUDA
+    guard_nothing()
     torch.cuda._lazy_init = lambda: None
     torch.cuda.is_bf16_supported = lambda: True
     torch.cuda.amp.common.amp_definitely_not_available = lambda: False  # else autocast is off

@@ -13,15 +13,13 @@ import torch
 import true_size
 from conftest import collate, read_lines, run_config, run_here, run_script, save_runs
 from pretended_gpu import on_gpu
-from test_bench_tsv import write_benchmarks
 from test_families import FAMILIES, build_listener, make_samples
 from test_sources import build_vits
 
 import train
 from analysis import attention, probe
 from model import OLLM
-from plumbing import runs
-from plumbing.checkpoint import Resumable
+from plumbing import checkpoint, runs
 from real import speech
 
 # ---- each family ---------------------------------------------------------------------------------
@@ -86,14 +84,14 @@ def test_answers_and_where_they_look_are_the_cpus(run):
 
 def step_with_fault(run, fault):
     """Takes a step in which something is wrong, as a slip in the code would make it."""
-    arange, encode_prefix, move_to = torch.arange, OLLM.encode_prefix, OLLM.move_to
+    arange, prefill, move_to = torch.arange, OLLM.prefill, OLLM.move_to
 
     def arange_on_cpu(*numbers, device=None, **options):
         return arange(*numbers, **options)
 
     def encode_with_mask_on_cpu(ollm, batch):
         prefix = batch["prefix"] | {"mask": batch["prefix"]["mask"].cpu()}
-        return encode_prefix(ollm, batch | {"prefix": prefix})
+        return prefill(ollm, batch | {"prefix": prefix})
 
     def move_with_float64(ollm, device):
         move_to(ollm, device).lvlm.lm_head.double()
@@ -102,7 +100,7 @@ def step_with_fault(run, fault):
         if fault == "a factory without device":
             patch.setattr(torch, "arange", arange_on_cpu)
         if fault == "a mask on the CPU":
-            patch.setattr(OLLM, "encode_prefix", encode_with_mask_on_cpu)
+            patch.setattr(OLLM, "prefill", encode_with_mask_on_cpu)
         if fault == "float64 in bfloat16's place":
             patch.setattr(OLLM, "move_to", move_with_float64)
         take_step(run, "cuda")
@@ -141,14 +139,14 @@ def command(cwd, *words):
 
 def train_and_go_on(cwd, *words):
     """Stops a training after its first step, and goes on from the checkpoint."""
-    usual = Resumable.after_step
+    usual = checkpoint.save
 
-    def stop(progress, step, **numbers):
-        usual(progress, step, **numbers)
+    def stop(*arguments):
+        usual(*arguments)
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Resumable, "after_step", stop)
+        patch.setattr(checkpoint, "save", stop)
         assert run_here(*words, cwd=cwd).returncode == 130
     command(cwd, *words)
 
@@ -177,14 +175,11 @@ def test_a_stage_is_trained_as_on_the_cpu(world, start, tmp_path, stage, options
 
 
 @pytest.mark.parametrize("words", [
-    ["eval.py"], ["mmalign.py"], ["analysis.attention"], ["analysis.probe"],
-    ["eval.py", "--bench", "RealWorldQA.tsv", "--max-new-tokens", 2]],
+    ["eval.py"], ["mmalign.py"], ["analysis.attention"], ["analysis.probe"]],
     ids=lambda words: " ".join(words[:2]))
 def test_a_command_runs_with_the_lvlm_in_bfloat16(world, start, tmp_path, words):
-    write_benchmarks(tmp_path)
-    script, *options = words
-    options = options or ["--data", world / "test"]
-    dtypes = on_gpu(command, tmp_path, script, start / "audio", *options, "--n", 2,
+    script, = words
+    dtypes = on_gpu(command, tmp_path, script, start / "audio", "--data", world / "test", "--n", 2,
                     "--device", "cuda")
     assert dtypes == [torch.bfloat16]
 
