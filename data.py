@@ -5,10 +5,10 @@ A prepared folder holds `samples.jsonl`, one object a line, and the files that t
     {"id": "7", "image": "images/7.png", "question": "what color is it", "audio": "audio/7.flac",
      "answer": "red"}
 
-`audio` says aloud what `question` says in writing. If the question's end is not spoken but follows
-the speech in writing, it is repeated: "after": " Answer in one word." A line has a question, audio
-or both; one with audio alone is speech to transcribe. The image may be missing. (A "group" is for
-the built-in base alone: world/lessons.py.) All sources come in this format:
+`audio` is the spoken form of `question`. If the end of the question follows the speech as text, it
+is repeated: "after": " Answer in one word." A line has a question, audio or both; audio alone is
+speech to transcribe. The image is optional. ("group" is for the built-in base alone:
+world/lessons.py.) All sources are converted to this format:
 
     python data.py shapes --seed 0                   # the built-in world (world/make.py)
     python data.py llava --help                      # LLaVA's mix, spoken (real/corpora.py); also:
@@ -32,14 +32,14 @@ from torch.nn.utils.rnn import pad_sequence
 from plumbing import prepared
 from plumbing.files import at, readable_errors
 from plumbing.media import SAMPLE_RATE, load_audio, load_image, speak  # noqa: F401 (data.speak)
-from plumbing.processes import end_with_parent
+from plumbing.processes import exit_with_parent
 from real import corpora, families
 from real.families import CHATS, tile
 from world import make
 
 TOKEN_SAMPLES = 640  # waveform samples an audio token: 10 ms hop x 2 (convolution) x 2 (pooling)
-IGNORE = -100  # the label of a token that is not supervised, as everywhere in torch
-AUDIO_SLOT = -200  # stands in the ids where an audio token goes, as LLaVA marks image tokens
+IGNORE = -100  # the label of a token that is not supervised: torch's default
+AUDIO_PLACEHOLDER = -200  # in the ids, where an audio token goes; LLaVA marks image tokens so
 
 
 # ---- the dataset ---------------------------------------------------------------------------------
@@ -49,16 +49,16 @@ class Samples(torch.utils.data.Dataset):
     """Prepared folders. Item i is line i, with its picture's "pixels" and its sound, "wave"."""
 
     def __init__(self, folders, settings, forms=("question", "audio")):
-        """Reads all lines. Pictures and recordings are read when an item is.
+        """Reads all lines. Pictures and recordings are read with their item.
 
-        folders: one or a list; settings: model.py's, for pictures
-        forms: which forms of the question every line must have; others are left out, unopened
+        folders: one or a list; settings: PromptSettings, for pictures; None: no pictures
+        forms: which forms of the question every line must have; others are left out
         """
         if isinstance(folders, (str, Path)):
             folders = [folders]
         self.settings = settings
         self.folders = [Path(folder) for folder in folders]
-        self.rows = prepared.Rows(self.folders, forms)
+        self.rows = prepared.Rows(prepared.read_rows(self.folders, forms))
         self.last_picture = None, None  # path and inputs: a group's questions have one picture
 
     def __len__(self):
@@ -68,7 +68,7 @@ class Samples(torch.utils.data.Dataset):
         sample = self.rows[index]
         folder = Path(sample["folder"])
         with at(sample["where"]):
-            if "image" in sample:
+            if "image" in sample and self.settings is not None:
                 path = folder / sample["image"]
                 if path != self.last_picture[0]:
                     self.last_picture = path, picture_inputs(load_image(path), self.settings)
@@ -78,7 +78,7 @@ class Samples(torch.utils.data.Dataset):
         return sample
 
     def length(self, index):
-        """Estimates a sample's length in characters, to put like with like in a batch."""
+        """Returns a sample's length in characters, to batch samples of similar length."""
         return self.rows.lengths[index]
 
     def fingerprint(self):
@@ -93,12 +93,12 @@ class Samples(torch.utils.data.Dataset):
 def picture_inputs(image, settings):
     """Returns a picture as the arguments of the LVLM's get_image_features.
 
-    InternVL's are tiles, {"pixel_values" (tiles, 3, H, W) uint8}: they travel as bytes to the
-    device. An LVLM with "min_tiles" among its settings takes the picture whole.
+    InternVL's are tiles, {"pixel_values" (tiles, 3, H, W)}, uint8 until they are on the device. An
+    LVLM with settings.min_tiles takes the picture whole.
     """
-    if "min_tiles" in settings:
+    if settings.min_tiles is not None:
         return families.picture_patches(image, settings)
-    tiles = tile(image, settings["max_tiles"], settings["image_size"])
+    tiles = tile(image, settings.max_tiles, settings.image_size)
     values = np.stack([np.asarray(square) for square in tiles])  # (tiles, H, W, 3)
     return {"pixel_values": torch.from_numpy(values).permute(0, 3, 1, 2)}  # (tiles, 3, H, W)
 
@@ -111,8 +111,8 @@ def count_audio_tokens(wave):
 def mel_spectrograms(extractor, waves):
     """Returns log-mel spectrograms (B, M, L) of waveforms, and each one's number of frames (B,).
 
-    Each waveform is padded to whole tokens before its own spectrogram is taken, and beyond its end
-    all is 0, as in a convolution's padding. So a clip's features do not depend on its batch.
+    Each waveform is padded to whole tokens before its spectrogram is computed, and the batch is
+    padded with 0, as a convolution pads. So a clip's features do not depend on its batch.
     """
     clips = []
     for wave in waves:
@@ -126,40 +126,41 @@ def mel_spectrograms(extractor, waves):
     return mel.contiguous(), n_frames
 
 
-# ---- one prompt, one slot ------------------------------------------------------------------------
+# ---- one prompt, two queries ---------------------------------------------------------------------
 
 
 def collate(samples, tokenizer, mel_extractor, settings, answers=True):
-    """Makes a batch: the prefix once, then a written and a spoken query in the same slot.
+    """Makes a batch: the prefix once, then a written and a spoken query that continue it.
 
     samples   dicts of Samples, all with the same forms of the question
-    answers   True: answers follow and are labelled, padding stands right (training)
-              False: queries end where the answer begins, padding stands left (generation)
+    answers   True: queries end with the labelled answer, padding on the right (training)
+              False: queries end where the answer begins, padding on the left (generation)
 
-    Returns a dict; what the samples lack is None. Each query has a length S of its own:
-        prefix         <system> <image> ...                            {"ids", "mask"} (B, P)
-        text           what color is it        <turn> red <end>        {"ids", "mask", "labels"}
-        audio          SLOT SLOT SLOT [after]  <turn> red <end>        the same; each (B, S)
-        (labels)       -100 -100 -100 -100      -100  red <end>
-        mel, n_frames  the speech              (B, M, L), (B,)
+    Returns a dict; what the samples lack is None. Each query has a length S of its own; <prompt> is
+    the generation prompt, AUDIO the placeholder of an audio token:
+        prefix         <system> <image> ...                             {"ids", "mask"} (B, P)
+        text           what color is it           <prompt> red <end>    {"ids", "mask", "labels"}
+        audio          AUDIO AUDIO AUDIO [after]  <prompt> red <end>    the same; each (B, S)
+        (labels)       -100  -100  -100  -100     -100     red <end>
+        mel, n_frames  the speech                                       (B, M, L), (B,)
         pixels         all rows' pictures in one dict: {"pixel_values": (all tiles, 3, H, W)}
     """
-    # The prompts' parts as ids, and the answers'. The turn stands between question and answer.
+    # The prompts' parts as ids, and the answers'.
     image_tokens = [families.count_image_tokens(s.get("pixels"), settings) for s in samples]
     texts = [s.get("question", "") for s in samples]
-    prefix_ids, question_ids, turn = families.prompt_ids(tokenizer, settings, image_tokens, texts)
+    prefix_ids, text_ids, prompt = families.prompt_ids(tokenizer, settings, image_tokens, texts)
     answer_ids = [[] for _ in samples]
     if answers:
-        end = CHATS[settings["chat"]]["end"]
+        end = CHATS[settings.chat]["end"]
         answer_ids = tokenizer([s["answer"] + s.get("end", end) for s in samples]).input_ids
 
-    def query(slots):
-        """Makes a query of each slot (a question's ids, or AUDIO_SLOTs), turn and answer."""
+    def query(questions):
+        """Makes queries of questions (text ids or placeholders), generation prompt and answers."""
         ids, labels = [], []
-        parts = zip(samples, prefix_ids, slots, answer_ids, image_tokens)
-        for sample, prefix, slot, answer, n in parts:
-            ids.append(slot + turn + answer)
-            labels.append([IGNORE] * len(slot + turn) + answer)
+        parts = zip(samples, prefix_ids, questions, answer_ids, image_tokens)
+        for sample, prefix, question, answer, n in parts:
+            ids.append(question + prompt + answer)
+            labels.append([IGNORE] * len(question + prompt) + answer)
             families.check_length(sample, len(prefix + ids[-1]), n, settings, tokenizer)
         padded = pad(ids, tokenizer.pad_token_id, left=not answers)
         return {**padded, "labels": pad(labels, IGNORE, left=not answers)["ids"]}
@@ -167,23 +168,23 @@ def collate(samples, tokenizer, mel_extractor, settings, answers=True):
     batch = {"prefix": pad(prefix_ids, tokenizer.pad_token_id), "pixels": join_pictures(samples),
              "text": None, "mel": None, "n_frames": None, "audio": None}
 
-    # The question in writing, which the teacher reads.
+    # The written question, which the teacher reads.
     if "question" in samples[0]:
-        batch["text"] = query(question_ids)
+        batch["text"] = query(text_ids)
 
-    # The question aloud, which the student hears. Where there is none, an instruction after the
-    # speech asks for a transcript. "audio_seconds" pads speech; plain Whisper hears 30 s.
+    # The spoken question, which the student hears. Without a question, an instruction after the
+    # speech asks for a transcript. Plain Whisper pads speech to 30 s (settings.audio_seconds).
     if "wave" in samples[0] and mel_extractor:
-        shortest = int(settings.get("audio_seconds", 0) * SAMPLE_RATE)
-        waves, slots = [], []
+        shortest = int((settings.audio_seconds or 0) * SAMPLE_RATE)
+        waves, audio_ids = [], []
         for sample in samples:
             silence = max(0, shortest - len(sample["wave"]))
             waves.append(np.pad(sample["wave"], (0, silence)))
-            instruction = "" if "question" in sample else settings["instruction"]
+            instruction = "" if "question" in sample else settings.instruction
             after = tokenizer(sample.get("after", instruction)).input_ids
-            slots.append([AUDIO_SLOT] * count_audio_tokens(waves[-1]) + after)
+            audio_ids.append([AUDIO_PLACEHOLDER] * count_audio_tokens(waves[-1]) + after)
         batch["mel"], batch["n_frames"] = mel_spectrograms(mel_extractor, waves)
-        batch["audio"] = query(slots)
+        batch["audio"] = query(audio_ids)
     return batch
 
 
@@ -205,7 +206,7 @@ def pad(rows, value, left=False):
 
 
 def count_answer_tokens(batch):
-    """Counts the answer tokens that the student is scored on."""
+    """Returns the number of answer tokens in the student's query."""
     query = batch["audio"] or batch["text"]
     return int((query["labels"] != IGNORE).sum())
 
@@ -216,21 +217,21 @@ def count_answer_tokens(batch):
 class Epoch(torch.utils.data.Dataset):
     """One epoch: item k is this rank's list of micro-batches for step k.
 
-    The samples of step k depend on data, seed, global batch and k alone. So an interrupted run goes
-    on with the same bytes; on another number of processes with the same steps, up to rounding.
+    The samples of step k depend on data, seed, global batch and k alone. So an interrupted run
+    resumes with the same bytes; on another number of processes with the same steps, up to rounding.
     """
 
     def __init__(self, config, samples, order, collate, rank=0, world_size=1):
-        """order: groups of samples' numbers. A group is one sample, but in world/lessons.py."""
+        """order: groups of sample indices. A group is one sample, except in world/lessons.py."""
         self.config, self.samples, self.order, self.collate = config, samples, order, collate
         self.rank, self.world_size = rank, world_size
 
     def __len__(self):
-        return math.ceil(len(self.order) / self.config["global_batch"])
+        return math.ceil(len(self.order) / self.config.global_batch)
 
     def groups(self, step):
         """Returns the samples of a step on all ranks, in groups, shortest first."""
-        size = self.config["global_batch"]
+        size = self.config.global_batch
         groups = self.order[step * size: (step + 1) * size]
         return sorted(groups, key=lambda group: sum(map(self.samples.length, group)))
 
@@ -239,16 +240,16 @@ class Epoch(torch.utils.data.Dataset):
         return [self.samples.rows[i]["id"] for i in sum(self.groups(step), [])]
 
     def __getitem__(self, step):
-        # Every rank takes every world_size-th group, so that all have about the same work, and
-        # the same number of micro-batches. Neighbours in length share one: little is padded.
+        # Every rank takes every world_size-th group, so that all have about the same work and the
+        # same number of micro-batches. Samples of similar length share one, which saves padding.
         groups = self.groups(step)
-        size = self.config["micro_batch"]
+        size = self.config.micro_batch
         mine = groups[self.rank:: self.world_size]
         longest = math.ceil(len(groups) / self.world_size)
         return [self.micro_batch(mine[start: start + size]) for start in range(0, longest, size)]
 
     def micro_batch(self, groups):
-        """Collates groups. Without any, a batch without labels: DDP waits for every rank's."""
+        """Collates groups. Without any, labels are ignored: DDP needs a backward pass anyway."""
         numbers = sum(groups or self.order[:1], [])
         samples = [self.samples[i] for i in numbers]
         batch = self.collate(samples)
@@ -256,7 +257,7 @@ class Epoch(torch.utils.data.Dataset):
             for form in ("text", "audio"):
                 if batch[form] is not None:
                     batch[form]["labels"].fill_(IGNORE)
-        elif self.config["on_policy"]:
+        elif self.config.on_policy:
             batch["samples"] = samples
         return batch
 
@@ -272,7 +273,7 @@ def main():
     corpora.add_commands(commands)
     prepared.add_commands(commands)
     args = parser.parse_args()
-    end_with_parent()
+    exit_with_parent()
     args.run(args)
 
 

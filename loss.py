@@ -19,7 +19,7 @@ def self_kd_loss(student_logits, teacher_logits, labels, alpha, temperature=1.0,
     alpha           0 is supervised fine-tuning, 1 is distillation alone (both in the paper's Table
                     3): the other term is 0. Of the five of its Table 5, 0.75 is best. What is not
                     from 0 to 1 is refused, by an assert or a ValueError
-    temperature     softens both; its square scales the KL (Hinton et al., 2015); the paper uses 1
+    temperature     softens both; its square scales the KL (Hinton et al., 2015); none in the paper
     n_tokens        what the sums over N are divided by; None means N. Training passes the number
                     of answer tokens in the global batch, so that every token counts the same
     """
@@ -36,7 +36,7 @@ def self_kd_loss(student_logits, teacher_logits, labels, alpha, temperature=1.0,
     if alpha > 0:
         teacher = F.log_softmax(teacher_logits.to(dtype) / temperature, dim=-1)  # (N, V)
         student = F.log_softmax(student_logits / temperature, dim=-1)  # (N, V)
-        # What the teacher rules out (-inf) counts nothing, as p log p does at 0.
+        # Where the teacher's probability is 0 the term is 0 (0 log 0 = 0); else it would be NaN.
         ratio = (teacher - student).masked_fill_(teacher == -torch.inf, 0)  # (N, V)
         kl = temperature**2 * (teacher.exp() * ratio).sum() / n_tokens
 

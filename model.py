@@ -1,15 +1,14 @@
-"""The omnimodal LLM: an LVLM, which reads, and Whisper's encoder, which learns to listen.
+"""The omnimodal LLM: InternVL (or Qwen2-VL), Whisper's encoder and one linear projector.
 
 image    -> vision encoder -> projector --.
                                           +-> <system><image>  <query>  <answer>  -> LLM -> answer
 question -> word embeddings   (teacher) --+
 speech   -> Whisper's encoder -> one linear projector   (student)
 
-Teacher and student are the same weights, the image stands before the question, and attention is
-causal. So the keys and values of `<system><image>` are the same for both: `encode_prefix` computes
-them once, and `continue_prefix` reads the written or the spoken question from there. The LVLM is
-frozen: nothing is learnt through the prefix, and the teacher stays as it is. `forward` is the whole
-method.
+Teacher and student share their weights, the image precedes the question, and attention is causal.
+So the keys and values of `<system><image>` are the same for both: `prefill` computes them once, and
+`decode_query` continues from them with the written or the spoken question. The LVLM is frozen: the
+prefix needs no gradient, and the teacher does not change. `forward` is the whole method.
 
 `python -m pytest tests/test_model.py` compares the shared prefix with two full passes in float64.
 A batch is what `data.collate` returns. Letters in shape comments:
@@ -19,6 +18,7 @@ A batch is what `data.collate` returns. Letters in shape comments:
 """
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,12 +28,12 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from data import AUDIO_SLOT, IGNORE, collate
+from data import AUDIO_PLACEHOLDER, IGNORE, collate
 from loss import self_kd_loss
 from plumbing import runs
 from plumbing.files import BadInput, at
-from plumbing.prepared import how_asked
-from plumbing.processes import half_precision, halve_frozen_parts, to_device
+from plumbing.prepared import speech_settings
+from plumbing.processes import freeze_in_bfloat16, half_precision, to_device
 from real.checkpoints import empty_audio_encoder, load_audio_encoder, load_lvlm, load_tokenizer
 from real.families import CHATS, prefix_positions, prompt_settings
 from world.models import build_audio_encoder, build_lvlm
@@ -42,34 +42,27 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Prefix(NamedTuple):
-    """What the LLM has read so far: `<system><image>`; in generation also what followed."""
+    """The LLM's state after `<system><image>`; in generation also after what followed."""
     cache: object  # transformers' cache of keys and values
     mask: torch.Tensor  # (B, P) bool, False is padding
-    shift: object  # next position less tokens: 0, or (B, 1) of Qwen2-VL, whose pictures take fewer
+    shift: object  # next position minus tokens: 0, or (B, 1) for Qwen2-VL, whose pictures take less
 
 
 def normalize(tiles):
-    """Returns the values (tiles, 3, H, W) float32 that InternVL's encoder expects of bytes."""
+    """Normalizes tiles (tiles, 3, H, W) uint8 to the float32 that InternVL's encoder expects."""
     mean, std = torch.tensor([IMAGENET_MEAN, IMAGENET_STD], device=tiles.device)[..., None, None]
     return (tiles / 255 - mean) / std
 
 
 class OLLM(nn.Module):
-    """An LVLM, Whisper's encoder and one linear projector. Without the audio parts, a plain LVLM.
+    """An LVLM with Whisper's encoder and one linear projector, or without them a plain LVLM.
 
     lvlm           transformers' InternVLForConditionalGeneration, or Qwen2VL...
     tokenizer      its tokenizer
-    base           folder or hub id that the lvlm comes from; None if the lvlm itself is trained
+    base           folder or hub id of the lvlm; None if the lvlm itself is trained
     audio_encoder  transformers' WhisperEncoder; mel_extractor: its WhisperFeatureExtractor
-    whisper        folder or hub id that holds the audio encoder; None if it is trained itself
-    settings       how questions are put, a dict that a run keeps in its ollm.json:
-        chat, system         name of the chat (see real/families.py), and its system message
-        instruction          what follows speech that is to be transcribed
-        image_size           side of a tile in pixels
-        tokens_per_tile      how many image tokens it becomes
-        max_tiles, min_tiles   most of a picture, thumbnail aside; least (of a Qwen2-VL's area)
-        audio_seconds        speech is padded to so many; without it, to its own length
-        suffix, tts, voice   how the training's questions were spoken: plumbing/prepared.py
+    whisper        folder or hub id of the audio encoder; None if it is trained itself
+    settings       how prompts are made: PromptSettings of real/families.py
     """
 
     def __init__(self, lvlm, tokenizer, settings, base=None, audio_encoder=None,
@@ -78,14 +71,14 @@ class OLLM(nn.Module):
         self.lvlm, self.tokenizer, self.settings, self.base = lvlm, tokenizer, settings, base
         self.audio_encoder, self.mel_extractor = audio_encoder, mel_extractor
         self.whisper = whisper
-        self.recompute = False  # hear's layers in the backward pass, to save memory: on a GPU
+        self.recompute = False  # encode_audio's layers in the backward pass: saves a GPU's memory
         if audio_encoder is not None:
             width = lvlm.config.text_config.hidden_size
             # The "one-layer MLP" of section 5.1, here without a hidden layer: E to D
             self.projector = nn.Linear(audio_encoder.config.d_model, width)
 
     def train_only(self, stage, part="audio"):
-        """Freezes all but the LVLM (vision-text) or all but audio encoder and projector (App. A).
+        """Freezes all but the LVLM (vision-text), or all but audio encoder and projector (App. A).
 
         part: "audio", or "projector" to freeze the audio encoder, too
         """
@@ -98,38 +91,38 @@ class OLLM(nn.Module):
             self.projector.requires_grad_(True)
 
     def move_to(self, device):
-        """Moves the model to a device. On a GPU, what is frozen is kept in half precision."""
+        """Moves the model to a device. On a GPU, frozen parts are kept in bfloat16."""
         self.to(device)
         self.recompute = self.lvlm.device.type == "cuda"
         if self.recompute:
-            halve_frozen_parts(self)
+            freeze_in_bfloat16(self)
         return self
 
-    # ---- from pictures and sound to tokens -------------------------------------------------------
+    # ---- encoders --------------------------------------------------------------------------------
 
-    def see(self, pixels):
-        """Turns a batch's pictures, see `data.picture_inputs`, into image tokens (of all, D)."""
+    def encode_images(self, pixels):
+        """Returns the image tokens (of all pictures, D) of a batch; see `data.picture_inputs`."""
         if pixels["pixel_values"].dtype == torch.uint8:  # Qwen2-VL's patches come normalised
             pixels = {"pixel_values": normalize(pixels["pixel_values"])}  # (tiles, 3, H, W)
         features = self.lvlm.get_image_features(**pixels)
-        if hasattr(features, "deepstack_features"):  # without them, numbers would be wrong
+        if hasattr(features, "deepstack_features"):  # ignored, they would give wrong numbers
             raise BadInput("not supported: an LVLM whose picture enters deeper layers (deepstack)")
         return torch.cat([*features.pooler_output])  # a tile each, or a Qwen2-VL picture each
 
-    def hear(self, mel, n_frames):
-        """Turns log-mel spectrograms (B, M, L) into audio tokens (B, A, D), A = L / 4.
+    def encode_audio(self, mel, n_frames):
+        """Returns the audio tokens (B, A, D), A = L / 4, of log-mel spectrograms (B, M, L).
 
-        n_frames (B,): how many frames of each clip are real. These are Whisper's own conv1, conv2
-        (a GELU after each), embed_positions, layers and layer_norm, on the speech's real length
-        instead of 30 s; then pairs of frames are averaged and projected. Attention does not look
-        past a clip's end, so a clip's tokens do not depend on its batch. Tokens beyond n_frames / 4
-        mean nothing. Without speech (mel is None) returns None.
+        n_frames (B,): frames of each clip, without padding. The layers are Whisper's own conv1,
+        conv2 (a GELU after each), embed_positions, layers and layer_norm, on the speech's real
+        length instead of 30 s; then pairs of frames are averaged and projected. Padding is masked,
+        so a clip's tokens do not depend on its batch. Tokens beyond n_frames / 4 are padding.
+        Without speech (mel is None) returns None.
         """
         if mel is None:
             return None
 
         # Whisper's two convolutions; the second halves the number of frames. A clip has a multiple
-        # of 4, so that no frame beyond its end reaches its tokens.
+        # of 4 frames, so padding does not reach its tokens.
         encoder = self.audio_encoder
         x = F.gelu(encoder.conv1(mel.to(encoder.conv1.weight.dtype)))  # (B, E, L)
         x = F.gelu(encoder.conv2(x)).transpose(1, 2)  # (B, L / 2, E)
@@ -153,46 +146,46 @@ class OLLM(nn.Module):
         return self.projector(x)  # (B, A, D)
 
     def embed(self, ids, pixels=None, audio_tokens=None):
-        """Returns embeddings (B, T, D) of ids (B, T), with image and audio tokens in their slots.
+        """Returns embeddings (B, T, D) of ids (B, T), with image and audio tokens in place.
 
-        pixels: the pictures of the whole batch; audio_tokens: (B, A, D), padded beyond the slots
+        pixels: the pictures of all rows; audio_tokens: (B, A, D), with padding
         """
-        # AUDIO_SLOT is no id of the vocabulary: 0 stands in for it until the audio tokens come.
-        audio_slots = ids == AUDIO_SLOT  # (B, T)
-        x = self.lvlm.get_input_embeddings()(ids.masked_fill(audio_slots, 0))  # (B, T, D)
+        # AUDIO_PLACEHOLDER is not in the vocabulary: 0 stands in until the audio tokens come.
+        is_audio = ids == AUDIO_PLACEHOLDER  # (B, T)
+        x = self.lvlm.get_input_embeddings()(ids.masked_fill(is_audio, 0))  # (B, T, D)
 
         if pixels is not None:
-            image_slots = ids == self.lvlm.config.image_token_id  # (B, T)
-            image = self.see(pixels)  # (image tokens in the batch, D)
-            assert image_slots.sum() == len(image), "as many image slots as image tokens"
-            x = x.masked_scatter(image_slots[..., None], image.to(x.dtype))
+            is_image = ids == self.lvlm.config.image_token_id  # (B, T)
+            image = self.encode_images(pixels)  # (image tokens in the batch, D)
+            assert is_image.sum() == len(image), "as many image placeholders as image tokens"
+            x = x.masked_scatter(is_image[..., None], image.to(x.dtype))
 
         if audio_tokens is not None:
             places = torch.arange(audio_tokens.size(1), device=x.device)  # (A,)
-            is_speech = places < audio_slots.sum(1, keepdim=True)  # (B, A), the rest is padding
-            x = x.masked_scatter(audio_slots[..., None], audio_tokens[is_speech].to(x.dtype))
+            is_speech = places < is_audio.sum(1, keepdim=True)  # (B, A), the rest is padding
+            x = x.masked_scatter(is_audio[..., None], audio_tokens[is_speech].to(x.dtype))
         return x
 
     # ---- one image prefix, two questions, one answer ---------------------------------------------
 
-    def encode_prefix(self, batch):
+    def prefill(self, batch):
         """Reads `<system><image>` once. Returns the Prefix that each question continues."""
         ids, mask = batch["prefix"]["ids"], batch["prefix"]["mask"]  # (B, P), padded on the right
         positions, shift = prefix_positions(self.lvlm, ids, mask, batch["pixels"])
         out = self.lvlm.model.language_model(
             inputs_embeds=self.embed(ids, batch["pixels"]), attention_mask=mask,
             position_ids=positions, use_cache=True)
-        return Prefix(out.past_key_values, mask, shift)
+        return Prefix(out.cache, mask, shift)
 
-    def continue_prefix(self, prefix, query, audio_tokens=None):
+    def decode_query(self, prefix, query, audio_tokens=None):
         """Reads a query, and its answer if there is one, after the prefix.
 
         audio_tokens: (B, A, D) of a spoken query; None for a written one
         Returns (hidden states (B, S, D), the longer Prefix). The prefix itself stays as it is, and
         may need a gradient. Its shift is added to all positions that follow.
-        In world/lessons.py alone a row has several questions: "part" (B, S) numbers them, and
-        "positions" (B, S), from the prefix's end, are their own. A token then sees the prefix and
-        what stands before it in its part.
+        With packing (world/lessons.py alone) a row has several questions: "document_ids" (B, S)
+        numbers them, and "positions" (B, S), from the prefix's end, are their own. A token then
+        sees the prefix and what stands before it in its own document.
         """
         # A cache grows, so each query continues a copy. The tensors are shared: growing makes new
         # ones.
@@ -203,9 +196,10 @@ class OLLM(nn.Module):
         mask = torch.cat([prefix.mask, query["mask"]], dim=1)  # (B, P + S)
         positions = (query["mask"].cumsum(1) - 1).clamp(min=0)  # (B, S)
 
-        # Several questions in a row do not see each other.
-        if "part" in query:
-            own = (query["part"][:, :, None] == query["part"][:, None]).tril()  # (B, S, S)
+        # Packed questions do not see each other.
+        if "document_ids" in query:
+            ids = query["document_ids"]  # (B, S)
+            own = (ids[:, :, None] == ids[:, None]).tril()  # (B, S, S)
             before = prefix.mask[:, None].expand(-1, own.size(1), -1)  # (B, S, P)
             mask = torch.cat([before, own], dim=2)[:, None]  # (B, 1, S, P + S)
         positions = query.get("positions", positions)
@@ -214,16 +208,16 @@ class OLLM(nn.Module):
         positions = prefix.mask.sum(1, keepdim=True) + prefix.shift + positions  # (B, S)
         out = self.lvlm.model.language_model(
             inputs_embeds=self.embed(query["ids"], audio_tokens=audio_tokens),
-            attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
+            attention_mask=mask, position_ids=positions, cache=cache, use_cache=True)
         return out.last_hidden_state, Prefix(cache, mask, prefix.shift)
 
     def answer_logits(self, prefix, query, audio_tokens=None):
         """Returns logits (N, V) at the positions that predict the answer, and its tokens (N,).
 
-        They come row by row: the n-th of teacher and student predict the same token, however long
-        each question was. The head is applied nowhere else: an answer takes a handful of positions.
+        They are in row order: the n-th of teacher and student predict the same token, whatever the
+        lengths of the questions. The head is applied to these positions alone, which are few.
         """
-        hidden, _ = self.continue_prefix(prefix, query, audio_tokens)  # (B, S, D)
+        hidden, _ = self.decode_query(prefix, query, audio_tokens)  # (B, S, D)
         labels = query["labels"][:, 1:]  # (B, S - 1): the position before a token predicts it
         is_answer = labels != IGNORE  # (B, S - 1)
         logits = self.lvlm.lm_head(hidden[:, :-1][is_answer])  # (N, V)
@@ -231,14 +225,14 @@ class OLLM(nn.Module):
 
     def forward(self, batch, alpha, temperature=1.0, n_tokens=None):
         """Computes the paired-input loss (Eq. 3). Returns (loss, kl, ce); see loss.py."""
-        prefix = self.encode_prefix(batch)
+        prefix = self.prefill(batch)
 
-        # The student hears the question. (Where there is no speech, it reads: the built-in base.)
-        audio_tokens = self.hear(batch["mel"], batch["n_frames"])  # (B, A, D)
+        # The student hears the question. (In vision-text there is no speech: it reads.)
+        audio_tokens = self.encode_audio(batch["mel"], batch["n_frames"])  # (B, A, D)
         query = batch["audio"] or batch["text"]
         student, labels = self.answer_logits(prefix, query, audio_tokens)  # (N, V), (N,)
 
-        # The teacher, the same weights, reads it. It is not trained.
+        # The teacher, with the same weights, reads it. It gets no gradient.
         teacher = None
         if alpha > 0:
             with torch.no_grad():
@@ -255,18 +249,18 @@ class OLLM(nn.Module):
 
         keep_end: leave the end mark on answers that reached it
         """
-        end = self.tokenizer.convert_tokens_to_ids(CHATS[self.settings["chat"]]["end"])
+        end = self.tokenizer.convert_tokens_to_ids(CHATS[self.settings.chat]["end"])
         answers = torch.empty_like(query["ids"][:, :0])  # (B, tokens so far)
 
-        # All tokens but the last one that it writes are read, too, and must fit.
+        # All tokens but the last new one are inputs, too, and must fit.
         n_read = int((prefix.mask.sum(1) + query["mask"].sum(1)).max())
         max_new_tokens = min(max_new_tokens, self.tokenizer.model_max_length - n_read + 1)
         while answers.size(1) < max_new_tokens and not (answers == end).any(1).all():
-            hidden, prefix = self.continue_prefix(prefix, query, audio_tokens)
+            hidden, prefix = self.decode_query(prefix, query, audio_tokens)
             token = self.lvlm.lm_head(hidden[:, -1]).argmax(-1, keepdim=True)  # (B, 1)
             answers = torch.cat([answers, token], dim=1)
 
-            # The next query is this one token: all that was read before is part of the prefix now.
+            # The next query is this token alone: everything before it is in the prefix now.
             query = {"ids": token, "mask": torch.ones_like(token, dtype=torch.bool)}
             audio_tokens = None
 
@@ -282,15 +276,15 @@ class OLLM(nn.Module):
 
     @torch.no_grad()
     def answer(self, samples, forms=("text", "audio"), **options):
-        """Answers a list of samples, asked in writing and aloud. Returns {form: [answer, ...]}."""
+        """Answers a list of samples, as text and as speech. Returns {form: [answer, ...]}."""
         batch = collate(samples, self.tokenizer, self.mel_extractor, self.settings, answers=False)
         batch, answers = to_device(batch, self.lvlm.device), {}
         with half_precision(self.lvlm.device):
-            prefix = self.encode_prefix(batch)
+            prefix = self.prefill(batch)
             if "text" in forms:
                 answers["text"] = self.generate(prefix, batch["text"], **options)
             if "audio" in forms:
-                audio_tokens = self.hear(batch["mel"], batch["n_frames"])  # (B, A, D)
+                audio_tokens = self.encode_audio(batch["mel"], batch["n_frames"])  # (B, A, D)
                 answers["audio"] = self.generate(prefix, batch["audio"], audio_tokens, **options)
         return answers
 
@@ -298,18 +292,18 @@ class OLLM(nn.Module):
 
     @classmethod
     def load(cls, run, device="cpu"):
-        """Reads a run folder, all frozen. An LVLM's folder or hub id gives one without audio."""
+        """Reads a run folder, all frozen, or an LVLM's folder or hub id, without audio parts."""
         with at(run):
             info, base, whisper = runs.checked_sources(run)
 
             # The LVLM, from the base.
             lvlm = load_lvlm(base, device=device)
             settings = prompt_settings(lvlm, info["settings"])
-            tokenizer = load_tokenizer(base, lvlm.config.text_config, settings["chat"])
+            tokenizer = load_tokenizer(base, lvlm.config.text_config, settings.chat)
             if base == run:
                 return cls(lvlm, tokenizer, settings, base).requires_grad_(False).move_to(device)
 
-            # What was trained, from the run: no name missing, none unknown.
+            # The trained parts, from the run; names must match.
             parts = empty_audio_encoder(run) if whisper == run else load_audio_encoder(whisper)
             ollm = cls(lvlm, tokenizer, settings, base, *parts, whisper)
             own = runs.own_parts(ollm, whisper == run)
@@ -318,27 +312,27 @@ class OLLM(nn.Module):
 
 
 def start_model(config, device="cpu"):
-    """Returns the OLLM that a stage starts from, frozen but for what the stage trains."""
-    torch.manual_seed(config["seed"])
-    stage = config["stage"]
-    ollm = OLLM(*build_lvlm()) if stage == "vision-text" else OLLM.load(config["init"], device)
+    """Returns the OLLM that a stage starts from; only what the stage trains has gradients."""
+    torch.manual_seed(config.seed)
+    stage = config.stage
+    ollm = OLLM(*build_lvlm()) if stage == "vision-text" else OLLM.load(config.init, device)
 
     # The stage audio-text gives the LVLM an audio encoder; vision-audio must find one.
     if stage == "audio-text" and ollm.audio_encoder is None:
-        whisper = config["whisper"]
+        whisper = config.whisper
         parts = load_audio_encoder(whisper) if whisper else build_audio_encoder()
         ollm = OLLM(ollm.lvlm, ollm.tokenizer, ollm.settings, ollm.base, *parts, whisper)
     if stage == "vision-audio" and ollm.audio_encoder is None:
-        raise BadInput(f"{config['init']}: has no audio encoder; vision-audio starts from an "
+        raise BadInput(f"{config.init}: has no audio encoder; vision-audio starts from an "
                        "audio-text run")
 
-    # Kept in the run: evaluation prepares questions as training did.
+    # Kept in the run, so that evaluation prepares questions as training did.
     for key in ("max_tiles", "audio_seconds"):
-        if config[key] is not None:
-            ollm.settings[key] = config[key]
+        if getattr(config, key) is not None:
+            setattr(ollm.settings, key, getattr(config, key))
     if stage == "vision-audio":
-        ollm.settings |= how_asked(config["data"])
-    ollm.train_only(stage, config["train"])
-    if config["train"] == "audio":
+        ollm.settings = replace(ollm.settings, **speech_settings(config.data))
+    ollm.train_only(stage, config.train)
+    if config.train == "audio":
         ollm.whisper = None
-    return ollm.eval()  # no dropout: teacher and student differ in the question alone
+    return ollm.eval()  # no dropout, so teacher and student differ in the question alone

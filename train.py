@@ -1,9 +1,9 @@
 """Train an LVLM to listen (arXiv 2503.00059): one loop, three stages, one epoch each.
 
-    torchrun train.py --alpha 0.75                       # the built-in world, from nothing
-    torchrun train.py --alpha 0                          # the same start, supervised fine-tuning
+    torchrun --standalone train.py --alpha 0.75           # the built-in world, from nothing
+    torchrun --standalone train.py --alpha 0              # the same start, supervised fine-tuning
     python train.py --stage audio-text --max-steps 20 --out runs/try    # one stage, a few steps
-    torchrun --nproc_per_node 8 train.py --preset internvl2-1b --alpha 0.75 --data FOLDER
+    torchrun --standalone --nproc_per_node 8 train.py --preset internvl2-1b --alpha 0.75 --data DIR
 
 | --stage      | input -> target                    | trained                                |
 | vision-text  | image + written question -> answer | the LVLM; in the built-in world only   |
@@ -23,15 +23,17 @@ import math
 import random
 import shlex
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 import data
 from model import start_model
-from plumbing import processes, runs
-from plumbing.checkpoint import Resumable
-from plumbing.files import BadInput, at_least, enough_memory, only_writer, readable_errors
+from plumbing import checkpoint, processes, runs
+from plumbing.files import BadInput, enough_memory, folder_lock, in_range, readable_errors
 from plumbing.media import MAX_SECONDS
 from real.families import BASES
 from world.lessons import lessons
@@ -71,6 +73,31 @@ CLIP = 1.0  # largest norm of the gradient
 BETAS = (0.9, 0.98)  # of AdamW
 
 
+@dataclass
+class Config:
+    """All that a stage's numbers depend on: the preset's values, then flags. A run keeps it."""
+    stage: str  # one of STAGES
+    seed: int  # of initialization, order and built-in data
+    # Start and data
+    init: str | None  # run or LVLM that the stage starts from; None: random weights
+    whisper: str | None  # Whisper that audio-text starts from; None: the built-in encoder
+    data: list  # prepared folders
+    samples: int | None = None  # take only the first so many
+    max_tiles: int | None = None  # tiles of a picture; None: as the start has it
+    audio_seconds: float | None = None  # pad speech to so many; None: as the start has it
+    # Loss
+    alpha: float = 0.0  # weight of the KL; 0 is SFT
+    temperature: float = 1.0  # of both distributions in the KL
+    on_policy: float = 0.0  # share of steps that take the student's own answers
+    # Optimization
+    train: str = "audio"  # "audio": encoder and projector; or "projector" or "lvlm"
+    muon: bool = False  # Muon in place of AdamW
+    lr: float = 0.0  # peak learning rate
+    global_batch: int = 0  # samples a step, over all processes
+    micro_batch: int = 0  # samples a forward pass
+    max_steps: int | None = None  # stop early
+
+
 def parse_arguments():
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__,
@@ -79,30 +106,30 @@ def parse_arguments():
     # What to train
     add("--preset", choices=PRESETS, default="shapes", help="which models and settings")
     add("--stage", choices=STAGES, default="vision-audio", help="what to train")
-    add("--alpha", type=at_least(0.0, 1.0), default=0.75, help="weight of the KL; 0 is SFT, 1 KD")
-    add("--temperature", type=at_least(1e-3), default=1.0, help="of both distributions in the KL")
+    add("--alpha", type=in_range(0.0, 1.0), default=0.75, help="weight of the KL; 0 is SFT, 1 KD")
+    add("--temperature", type=in_range(1e-3), default=1.0, help="of both distributions in the KL")
     add("--train", choices=["audio", "projector"], default="audio", help="what learns: audio "
         "encoder and projector, as in the paper, or the projector alone")
-    add("--on-policy", type=at_least(0.0, 1.0), default=0.0, metavar="P", help="share of steps "
+    add("--on-policy", type=in_range(0.0, 1.0), default=0.0, metavar="P", help="share of steps "
         "that take the student's own greedy answers instead of the data's, with alpha 1")
-    add("--seed", type=at_least(0, 2**32), default=0, help="of start, order and built-in data")
+    add("--seed", type=in_range(0, 2**32), default=0, help="of start, order and built-in data")
     # Where things lie
     add("--data", nargs="+", help="prepared folders (default: the built-in world's)")
     add("--init", help="run to start from; for audio-text also an LVLM's folder or hub id")
     add("--whisper", help="folder or hub id of the Whisper that audio-text starts from")
     add("--out", help="run folder that the stage leaves")
     # Optimization (default: the preset's)
-    add("--lr", type=at_least(1e-9), help="peak learning rate")
-    add("--global-batch", type=at_least(1), help="samples a step, over all processes")
-    add("--micro-batch", type=at_least(1), help="samples a forward pass")
-    add("--max-steps", type=at_least(1), help="stop early; the cosine keeps its full length")
+    add("--lr", type=in_range(1e-9), help="peak learning rate")
+    add("--global-batch", type=in_range(1), help="samples a step, over all processes")
+    add("--micro-batch", type=in_range(1), help="samples a forward pass")
+    add("--max-steps", type=in_range(1), help="stop early; the cosine keeps its full length")
     # Inputs
-    add("--max-tiles", type=at_least(1), help="squares that a picture is cut into, thumbnail aside")
-    add("--audio-seconds", type=at_least(0.0, MAX_SECONDS), help="pad speech; 30 is plain Whisper")
+    add("--max-tiles", type=in_range(1), help="squares that a picture is cut into, thumbnail aside")
+    add("--audio-seconds", type=in_range(0.0, MAX_SECONDS), help="pad speech; 30 is plain Whisper")
     # Machine
     add("--device", choices=["cpu", "cuda", "mps"], help="default: cuda if there is one")
-    add("--workers", type=at_least(0), default=4, help="processes that read ahead for each GPU")
-    add("--save-every", type=at_least(1), default=500, help="steps between checkpoints")
+    add("--workers", type=in_range(0), default=4, help="processes that read ahead for each GPU")
+    add("--save-every", type=in_range(1), default=500, help="steps between checkpoints")
     args = parser.parse_args()
     if args.stage not in PRESETS[args.preset]:
         parser.error(f"the preset {args.preset} has no stage {args.stage}: its LVLM comes trained")
@@ -119,41 +146,33 @@ def stages_to_train(args):
     """Returns the stage asked for, after those before it that have not left a run yet."""
     stages = stages_of(args.preset)
     before = [] if args.init else stages[: stages.index(args.stage)]
-    missing = [stage for stage in before if not runs.finished(runs.folder(args, stage))]
-    return missing + [args.stage]
+    return [s for s in before if not runs.finished(runs.folder(args, s))] + [args.stage]
 
 
 def configure(args, stage):
-    """Returns all that a stage's numbers depend on, as one dict, and the folder of its run."""
+    """Returns the Config of a stage, and the folder of its run."""
+    # The preset's values. A stage starts from the run of the one before it.
     preset, stages = PRESETS[args.preset], stages_of(args.preset)
-    settings = preset.get(f"{stage} --whisper" if args.whisper else stage, preset[stage])
-    out = runs.folder(args, stage)
-    config = {
-        "stage": stage, "seed": args.seed, "alpha": 0.0, "temperature": 1.0, "on_policy": 0.0,
-        "data": [f"runs/{args.preset}/data-s{args.seed}/{stage}"],
-        "init": preset["lvlm"], "whisper": None, "train": args.train, "samples": None,
-        "max_steps": None, "muon": False, **settings,
-        "max_tiles": args.max_tiles, "audio_seconds": args.audio_seconds,
-    }
-    if stage != stages[0]:
-        config["init"] = str(runs.folder(args, stages[stages.index(stage) - 1]))
-    if stage == "vision-text":
-        config["train"] = "lvlm"
-    if stage == "audio-text":
-        config["whisper"] = args.whisper or preset["whisper"]
+    values = preset.get(f"{stage} --whisper" if args.whisper else stage, preset[stage])
+    before = stages[: stages.index(stage)]
+    init = str(runs.folder(args, before[-1])) if before else preset["lvlm"]
+    whisper = (args.whisper or preset["whisper"]) if stage == "audio-text" else None
+    folder = f"runs/{args.preset}/data-s{args.seed}/{stage}"
+    config = Config(stage, args.seed, init, whisper, [folder], **values)
 
-    # The loss's settings are the last stage's: the others know nothing but CE.
+    # Then the flags. The loss's are for the last stage; most for the stage that --stage names.
+    flags, out = ["max_tiles", "audio_seconds", "train"], runs.folder(args, stage)
     if stage == "vision-audio":
-        for key in ("alpha", "temperature", "on_policy"):
-            config[key] = getattr(args, key)
-
-    # Most of the command line is meant for the stage that it names, not for those before it.
+        flags += ["alpha", "temperature", "on_policy"]
     if stage == args.stage:
+        flags += ["data", "init", "lr", "global_batch", "micro_batch", "max_steps"]
         out = args.out or out
-        config["samples"] = None if args.data else config["samples"]
-        for key in ("data", "init", "lr", "global_batch", "micro_batch", "max_steps"):
-            if getattr(args, key) is not None:
-                config[key] = getattr(args, key)
+        config.samples = None if args.data else config.samples
+    for flag in flags:
+        if getattr(args, flag) is not None:
+            setattr(config, flag, getattr(args, flag))
+    if stage == "vision-text":
+        config.train = "lvlm"
     return config, Path(out)
 
 
@@ -162,15 +181,15 @@ def configure(args, stage):
 
 def make_epoch(config, ollm, rank=0, world_size=1):
     """Returns the Epoch that a config describes, for one rank."""
-    samples = data.Samples(config["data"], ollm.settings, STAGES[config["stage"]][0])
+    samples = data.Samples(config.data, ollm.settings, STAGES[config.stage][0])
     collate = functools.partial(data.collate, tokenizer=ollm.tokenizer,
                                 mel_extractor=ollm.mel_extractor, settings=ollm.settings)
 
     # Each sample is a group of its own, but in the built-in base's lessons.
-    order = [[i] for i in range(len(samples))[: config["samples"]]]
-    random.Random(config["seed"]).shuffle(order)
-    if config["stage"] == "vision-text":
-        order, collate = lessons(samples.rows, collate, config["seed"])
+    order = [[i] for i in range(len(samples))[: config.samples]]
+    random.Random(config.seed).shuffle(order)
+    if config.stage == "vision-text":
+        order, collate = lessons(samples.rows, collate, config.seed)
     return data.Epoch(config, samples, order, collate, rank, world_size)
 
 
@@ -188,11 +207,11 @@ def learning_rate(step, steps, peak):
 def draw_on_policy(config, step, ollm, micro_batches, collate):
     """Returns a step's micro-batches and alpha, as they are or on-policy.
 
-    In a share --on-policy of the steps, the student's own answers to the spoken questions replace
+    On-policy (in a share of the steps), the student's own answers to the spoken questions replace
     the data's, and only the KL counts (alpha 1).
     """
-    if random.Random(f"{config['seed']}/{step}").random() >= config["on_policy"]:
-        return micro_batches, config["alpha"]
+    if random.Random(f"{config.seed}/{step}").random() >= config.on_policy:
+        return micro_batches, config.alpha
     own = []
     for batch in micro_batches:
         if "samples" in batch:  # a rank may have none
@@ -213,7 +232,7 @@ def forward_backward(model, micro_batches, alpha, temperature, device, world_siz
     """
     micro_batches = [processes.to_device(batch, device) for batch in micro_batches]
     n_tokens = sum(map(data.count_answer_tokens, micro_batches))
-    n_tokens, = processes.all_sum([n_tokens], device)
+    n_tokens, = processes.all_reduce([n_tokens], device)
 
     # Ranks exchange gradients once a step, with the last micro-batch.
     sums = torch.zeros(3, dtype=torch.float64)
@@ -224,7 +243,7 @@ def forward_backward(model, micro_batches, alpha, temperature, device, world_siz
                 loss, kl, ce = model(batch, alpha, temperature, n_tokens)
             (loss * world_size).backward()
         sums += torch.stack([loss, kl, ce]).detach().cpu()
-    return processes.all_sum(sums.tolist(), device)
+    return processes.all_reduce(sums.tolist(), device)
 
 
 def train_stage(args, config, out, rank, world_size, device):
@@ -232,50 +251,86 @@ def train_stage(args, config, out, rank, world_size, device):
     # Model and data
     ollm = start_model(config, device).move_to(device)
     epoch = make_epoch(config, ollm, rank, world_size)
-    n_steps = min(len(epoch), config["max_steps"] or len(epoch))
+    n_steps = min(len(epoch), config.max_steps or len(epoch))
     trained = {name: p for name, p in ollm.named_parameters() if p.requires_grad}
 
     # The optimizer, and the checkpoint: weights, moments and the number of steps, read now if it is
     # there. Nothing else has a state. It names data and start by SHA-256, as folders may move.
-    optimizer_class = Muon if config["muon"] else torch.optim.AdamW
+    optimizer_class = Muon if config.muon else torch.optim.AdamW
     optimizer = optimizer_class(trained.values(), betas=BETAS, weight_decay=0.0, fused=True)
-    identity = {**config, "data": epoch.samples.fingerprint(),
-                "init": config["init"] and runs.fingerprint(config["init"])}
-    progress = Resumable(out, identity, trained, optimizer, args.save_every, device)
+    identity = {**asdict(config), "data": epoch.samples.fingerprint(),
+                "init": config.init and runs.fingerprint(config.init)}
+    saved = out / "checkpoint.safetensors"
+    first = checkpoint.load(saved, identity, trained, optimizer, device)
+    if first > n_steps:
+        raise BadInput(f"{out}: its checkpoint has taken {first} steps, more than {n_steps}")
 
     # DDP. In vision-text, micro-batches without a picture leave the vision encoder unused.
-    model = processes.data_parallel(ollm, find_unused_parameters=config["stage"] == "vision-text")
+    model = processes.data_parallel(ollm, find_unused_parameters=config.stage == "vision-text")
     if rank == 0:
+        log = checkpoint.open_log(out / "log.jsonl", first)
         print(f"{len(epoch.samples)} samples in {len(epoch.order)} groups, {n_steps} steps on "
               f"{world_size} x {device}, {sum(map(torch.numel, trained.values())):,} parameters "
-              f"trained\nsettings: {json.dumps(config)}")
+              "trained")
+        for key, value in asdict(config).items():
+            print(f"    {key:14} {value}")
+        if first:
+            print(f"{config.stage}: going on after step {first}")
 
-    for step, micro_batches in progress.steps(epoch, n_steps, args.workers):
-        # 1. The learning rate, a function of the step alone
-        lr = learning_rate(step, len(epoch), config["lr"])
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+    # On a GPU, other processes read the next steps ahead; a CPU has none to spare.
+    cuda = device.type == "cuda"
+    loader = DataLoader(epoch, batch_size=None, sampler=range(first, n_steps), pin_memory=cuda,
+                        num_workers=args.workers if cuda else 0,
+                        worker_init_fn=processes.ignore_interrupts)
+    bar = tqdm(loader, desc=config.stage, unit="step", disable=rank > 0, mininterval=1,
+               initial=first, total=n_steps)
+    started, longest_save = time.time(), 0.0
+    with processes.deferred_signals() as signals:
+        for step, micro_batches in enumerate(bar, first):
+            # 1. The learning rate, a function of the step alone
+            lr = learning_rate(step, len(epoch), config.lr)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
 
-        # 2. The paired passes, forward and backward (on-policy: of the student's own answers)
-        micro_batches, alpha = draw_on_policy(config, step, ollm, micro_batches, epoch.collate)
-        loss, kl, ce = forward_backward(model, micro_batches, alpha, config["temperature"], device,
-                                        world_size)
+            # 2. The paired passes, forward and backward (on-policy: of the student's own answers)
+            micro_batches, alpha = draw_on_policy(config, step, ollm, micro_batches, epoch.collate)
+            loss, kl, ce = forward_backward(model, micro_batches, alpha, config.temperature,
+                                            device, world_size)
 
-        # 3. Clip and update, unless something is not a number
-        grad_norm = torch.nn.utils.clip_grad_norm_(trained.values(), CLIP).item()
-        if not math.isfinite(loss + grad_norm):
-            raise BadInput(f"step {step}: loss {loss}, gradient norm {grad_norm}; stopped before "
-                           f"the weights were touched; samples {epoch.sample_ids(step)}")
-        optimizer.step()
-        optimizer.zero_grad()
+            # 3. Clip and update, unless something is not a number
+            grad_norm = torch.nn.utils.clip_grad_norm_(trained.values(), CLIP).item()
+            if not math.isfinite(loss + grad_norm):
+                raise BadInput(f"step {step}: loss {loss}, gradient norm {grad_norm}; stopped "
+                               f"before the weights were touched; samples {epoch.sample_ids(step)}")
+            optimizer.step()
+            optimizer.zero_grad()
 
-        # 4. Log; save now and then, or when a signal asks to stop
-        progress.after_step(step, loss=loss, kl=kl, ce=ce, lr=lr, grad_norm=grad_norm)
+            # 4. Log
+            done = step + 1
+            if rank == 0:
+                numbers = {"loss": loss, "kl": kl, "ce": ce, "lr": lr, "grad_norm": grad_norm}
+                speed = {"steps_per_s": (done - first) / (time.time() - started),
+                         "longest_save_s": longest_save}
+                print(json.dumps({"step": step, **numbers, "time": speed}), file=log, flush=True)
+                bar.set_postfix_str(" ".join(f"{k} {v:.3g}" for k, v in numbers.items()), False)
+
+            # 5. Save now and then, and before all stop because a signal came to one of them
+            stop, = processes.all_reduce([len(signals)], device)
+            if rank == 0 and done < n_steps and (stop or done % args.save_every == 0):
+                began = time.time()
+                checkpoint.save(saved, done, identity, trained, optimizer)
+                longest_save = max(longest_save, time.time() - began)
+            if stop and done < n_steps:
+                processes.wait_for_all()  # torchrun ends all processes once one has ended
+                raise KeyboardInterrupt(f"{config.stage} stands at {done} of {n_steps} steps, "
+                                        f"saved in {out}")
 
     if rank == 0:
-        runs.save(ollm, out, config)
-        print(f"finished in {time.time() - progress.started:.0f} s, the run is in {out}")
-    progress.finish()
+        log.close()
+        runs.save(ollm, out, asdict(config))
+        for path in (saved, *out.glob("answers-*.jsonl")):  # an earlier run's answers go, too
+            path.unlink(missing_ok=True)
+        print(f"finished in {time.time() - started:.0f} s, the run is in {out}")
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -290,15 +345,15 @@ def main():
 
     for stage in processes.broadcast(stages_to_train(args)):
         config, out = configure(args, stage)
-        with only_writer(out) if rank == 0 else contextlib.nullcontext():
+        with folder_lock(out) if rank == 0 else contextlib.nullcontext():
             if processes.broadcast(runs.finished(out)):
-                runs.check_same(out, config)
+                runs.check_same(out, asdict(config))
                 print0(f"{stage}: finished already, by the code as it was then: {out}. For changed "
                        "code delete it, or give --out.")
                 continue
             has_own_data = args.data and stage == args.stage
             if rank == 0 and args.preset == "shapes" and not has_own_data:
-                make_if_missing(config["data"][0], args.seed)
+                make_if_missing(config.data[0], args.seed)
             processes.wait_for_all()
             print0(f"\n{stage}: {STAGES[stage][1]}.")
             with enough_memory(f"{stage}: a smaller --micro-batch gives the same numbers"):
@@ -311,10 +366,10 @@ def main():
         chain = runs.chain_options(args)
         if rank == 0:
             processes.run_script("eval.py", *chain)
-        print0("\nNext, the same start with another loss:\n    torchrun train.py --alpha "
-               f"{0 if args.alpha else 0.75:g} {shlex.join(chain)}")
+        print0("\nNext, the same start with another loss:\n    torchrun --standalone train.py "
+               f"--alpha {0 if args.alpha else 0.75:g} {shlex.join(chain)}")
     else:
-        asked = "" if args.preset == "shapes" else f" --data {config['data'][0]} --n 200"
+        asked = "" if args.preset == "shapes" else f" --data {config.data[0]} --n 200"
         print0(f"\nThe result is in {out}. To look at it:\n    python eval.py {out}{asked}")
 
 

@@ -4,7 +4,6 @@ A line of samples.jsonl is a sample. What could not be used has a line in skippe
 id and the reason, and settings.json tells how the folder was made.
 """
 
-import bisect
 import functools
 import hashlib
 import json
@@ -20,8 +19,8 @@ from tqdm import tqdm
 from plumbing.files import (
     BadInput,
     at,
-    byte_lines,
-    only_writer,
+    folder_lock,
+    json_lines,
     read_json,
     write_json_lines,
     write_text,
@@ -37,62 +36,50 @@ LISTS = ("annotations", "tsv", "manifest", "relation", "attribution")  # options
 
 
 class Rows(Sequence):
-    """The lines of prepared folders. Row i is a dict, made of the bytes of line i when asked for.
+    """A list of rows (dicts) that keeps each as JSON bytes, and its length in characters.
 
-    A million dicts take a gigabyte, and soon a gigabyte more in each process that reads ahead:
-    Python counts references inside them, so the processes cannot share them. Bytes they can.
+    A million dicts take 1 GB, and reference counts copy them into every DataLoader worker; bytes
+    stay shared.
     """
 
-    def __init__(self, folders, forms=None):
-        """Reads and checks all lines. Raises BadInput with the file and line.
-
-        forms: of the question; every row must have these, others are left out. None: as they stand
-        """
-        self.folders = [Path(folder) for folder in folders]
-        self.forms = forms
-        self.content = bytearray()  # all lines, one behind the other
-        self.ends = array("q", [0])  # line i is content[ends[i]: ends[i + 1]]
-        self.lengths = array("i")  # of a row's question and answer, in characters
-        self.firsts = []  # the number of each folder's first row
-        for folder in self.folders:
-            self.firsts.append(len(self))
-            for where, line in byte_lines(folder / "samples.jsonl"):
-                with at(where):
-                    sample = self.parse(line)
-                self.content += line
-                self.ends.append(len(self.content))
-                self.lengths.append(len(sample.get("question", "")) + len(sample["answer"]))
-            if len(self) == self.firsts[-1]:
-                raise BadInput(f"{folder}/samples.jsonl: has no sample")
-
-    def parse(self, line):
-        """Returns a line as a dict, without forms of the question that are not needed.
-
-        Raises an error unless it is a sample and has those that are.
-        """
-        sample = {key: value for key, value in json.loads(line).items() if key not in INNER}
-        check_sample(sample)
-        if self.forms is not None:
-            for form in ("question", "audio"):
-                if form not in self.forms:
-                    sample.pop(form, None)
-                elif form not in sample:
-                    raise BadInput(f"has no {form}, which is needed here")
-        return sample
+    def __init__(self, rows):
+        self.content, self.ends, self.lengths = bytearray(), array("q", [0]), array("i")
+        for row in rows:
+            self.content += json.dumps(row).encode()
+            self.ends.append(len(self.content))
+            self.lengths.append(len(row.get("question", "")) + len(row["answer"]))
 
     def __len__(self):
         return len(self.lengths)
 
     def __getitem__(self, index):
-        """Returns a row, a new dict each time; adds "where" (file:line) and "folder"."""
+        """Returns a row, a new dict each time."""
         index = range(len(self))[index]  # raises IndexError behind the last one
-        part = bisect.bisect_right(self.firsts, index) - 1
-        folder, number = self.folders[part], index - self.firsts[part] + 1
-        sample = self.parse(self.content[self.ends[index]: self.ends[index + 1]])
-        if "group" in sample:  # other folders have groups of the same name
-            sample["group"] = f"{folder}/{sample['group']}"
-        return {"id": str(number), **sample, "where": f"{folder}/samples.jsonl:{number}",
-                "folder": str(folder)}
+        return json.loads(self.content[self.ends[index]: self.ends[index + 1]])
+
+
+def read_rows(folders, forms=None):
+    """Yields the lines of prepared folders as dicts, with "where" (file:line) and "folder".
+
+    forms: of the question; every row must have these, others are left out. None: as they stand
+    Raises BadInput with the file and line.
+    """
+    for folder in map(Path, folders):
+        number = 0
+        for number, (where, sample) in enumerate(json_lines(folder / "samples.jsonl"), 1):
+            with at(where):
+                sample = {key: value for key, value in sample.items() if key not in INNER}
+                check_sample(sample)
+                for form in ("question", "audio"):
+                    if forms is not None and form not in forms:
+                        sample.pop(form, None)
+                    elif forms is not None and form not in sample:
+                        raise BadInput(f"has no {form}, which is needed here")
+            if "group" in sample:  # other folders have groups of the same name
+                sample["group"] = f"{folder}/{sample['group']}"
+            yield {"id": str(number), **sample, "where": where, "folder": str(folder)}
+        if not number:
+            raise BadInput(f"{folder}/samples.jsonl: has no sample")
 
 
 def check_sample(sample):
@@ -100,7 +87,7 @@ def check_sample(sample):
     if not sample["answer"].strip():
         raise BadInput("the answer is empty")
     if "question" not in sample and "audio" not in sample:
-        raise BadInput("there is no question, neither in writing nor aloud")
+        raise BadInput("there is no question, neither as text nor as speech")
     if "question" in sample and not sample["question"].strip():
         raise BadInput("the question is empty")
     if "after" in sample and not sample["question"].endswith(sample["after"]):
@@ -113,7 +100,13 @@ def check_sample(sample):
             raise BadInput(f"{key} must lie inside the folder, not at {path}")
 
 
-def how_asked(folders):
+def read_settings(folder):
+    """Returns a folder's settings.json, how it was made; {} if there is none."""
+    note = Path(folder) / "settings.json"
+    return read_json(note) if note.exists() else {}
+
+
+def speech_settings(folders):
     """Returns how the folders' questions are spoken: {"suffix", "tts", "voice"}.
 
     suffix  what becomes of format suffixes: "spoken", "written" or "dropped"
@@ -124,8 +117,7 @@ def how_asked(folders):
     """
     suffixes, voices = {}, []
     for folder in folders:
-        note = Path(folder) / "settings.json"
-        settings = read_json(note) if note.exists() else {}
+        settings = read_settings(folder)
         suffixes.setdefault(settings.get("suffix", "dropped"), folder)
         tts = settings.get("tts", "espeak")
         voices.append({"tts": tts, "voice": settings.get("voice") if tts == "mms" else None})
@@ -144,7 +136,7 @@ def make_once(folder, settings, make):
     settings: a dict, kept as settings.json; a folder in which other settings made files is refused
     """
     folder = Path(folder)
-    with only_writer(folder):
+    with folder_lock(folder):
         note = folder / "settings.json"
         there = read_json(note) if note.exists() else settings
         other = [f"{key} {there.get(key)}, not {settings.get(key)}"

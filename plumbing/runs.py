@@ -12,7 +12,7 @@ from huggingface_hub import snapshot_download
 from safetensors.torch import save_file
 from torch import nn
 
-from plumbing.files import BadInput, at, at_least, json_lines, read_json, written_folder
+from plumbing.files import BadInput, at, atomic_folder, in_range, read_json
 from plumbing.processes import default_device
 
 # ---- one run -------------------------------------------------------------------------------------
@@ -47,8 +47,8 @@ def check_start(args):
     aligned, start = folder(args, "audio-text"), args.init
     if args.stage == "vision-audio" and not start and finished(aligned):
         start = aligned
-    if args.whisper and start and about(start)["base"] is not None:
-        before = about(start)["training"].get("whisper") or "another encoder"
+    if args.whisper and start and read_run_info(start)["base"] is not None:
+        before = read_run_info(start)["training"].get("whisper") or "another encoder"
         if Path(before) != Path(args.whisper):
             raise BadInput(f"{start}: hears already, through {before}. --whisper is where an "
                            f"alignment starts, and this command trains none from {args.whisper}")
@@ -59,8 +59,8 @@ def finished(run):
     return (Path(run) / "ollm.json").exists()
 
 
-def about(run):
-    """Returns a finished run's ollm.json as a dict; of an LVLM's folder or hub id, the same keys.
+def read_run_info(run):
+    """Returns a finished run's ollm.json as a dict; the same keys for an LVLM's folder or hub id.
 
     Raises BadInput if it is neither.
     """
@@ -72,10 +72,10 @@ def about(run):
                 info[key]  # an error, if it is not there
             for key in ("stage", "seed", "alpha", "on_policy", "temperature"):
                 info["training"][key]
-            return info
+            return {"kind": kind_of(info["training"]), "recipe": hash_recipe(info), **info}
     is_hub_id = len(Path(run).parts) == 2 and not Path(run).is_absolute()
     if is_hub_id and not os.path.exists(run) or (Path(run) / "config.json").exists():
-        return {"settings": None, "base": None,
+        return {"settings": None, "base": None, "kind": "base", "recipe": "",
                 "training": {"stage": "vision-text", "alpha": 0.0, "seed": 0}}
     raise BadInput(f"{run}: not a finished run (it has no ollm.json)")
 
@@ -85,8 +85,8 @@ def save(ollm, run, config):
 
     ollm: model.py's OLLM; config: of the training
     """
-    with written_folder(run, last="ollm.json") as folder:
-        info = {"settings": ollm.settings, "base": None, "training": config}
+    with atomic_folder(run, last="ollm.json") as folder:
+        info = {"settings": ollm.settings.to_json(), "base": None, "training": config}
         if ollm.base is None:
             ollm.lvlm.save_pretrained(folder)
             ollm.tokenizer.save_pretrained(folder)
@@ -101,7 +101,38 @@ def save(ollm, run, config):
             save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
             ollm.audio_encoder.config.save_pretrained(folder)
             ollm.mel_extractor.save_pretrained(folder)
+        info |= {"kind": kind_of(config), "recipe": hash_recipe(info)}
         (folder / "ollm.json").write_text(json.dumps(info, indent=1) + "\n")
+
+
+def kind_of(training):
+    """Returns the name of a training in tables, the same for all seeds: "SFT", "KD 0.75", ..."""
+    alone = ", projector alone" if training.get("train") == "projector" else ""
+    if training["stage"] != "vision-audio":
+        return {"vision-text": "base", "audio-text": "aligned"}[training["stage"]] + alone
+    alpha, on_policy = training["alpha"], training["on_policy"]
+    kind = f"KD {alpha:g}" if alpha or on_policy else "SFT"
+    if on_policy:
+        kind += f", on-policy {on_policy:g}"
+    if training["temperature"] != 1:
+        kind += f", T {training['temperature']:g}"
+    return kind + alone
+
+
+def hash_recipe(info):
+    """Returns the SHA-256 of what runs of one training with different seeds have in common.
+
+    info: of ollm.json
+    """
+    training = {**info["training"], "seed": None, "micro_batch": None}
+    recipe = json.dumps([info["settings"], info["base"], training], sort_keys=True)
+    recipe = without_seed(recipe, info["training"]["seed"])
+    return hashlib.sha256(recipe.encode()).hexdigest()
+
+
+def without_seed(text, seed):
+    """Returns a text with paths without their mark of this seed, such as the "-s0" of data-s0."""
+    return re.sub(rf"[-_]?(?<![a-z])s(eed)?[-_]?{seed}(?!\d)", "", text)
 
 
 def own_parts(ollm, with_encoder):
@@ -117,7 +148,7 @@ def source_of(run, part):
 
     part: "base", the LVLM, or "whisper", the audio encoder
     """
-    source = about(run).get(part)
+    source = read_run_info(run).get(part)
     if source is None:
         return run
     beside = Path(os.path.normpath(Path(run) / source))
@@ -129,27 +160,12 @@ def checked_sources(run):
 
     Raises BadInput if one of them is another now than in training.
     """
-    info = about(run)
+    info = read_run_info(run)
     sources = [source_of(run, part) for part in ("base", "whisper")]
     for part, source in zip(("base", "whisper"), sources):
         if source != run and fingerprint(source) != info[f"{part}_fingerprint"]:
             raise BadInput(f"was trained on another {part} than lies in {source} now")
     return info, *sources
-
-
-def name(run):
-    """Returns what a run is called in a table, the same for all seeds: "SFT", "KD 0.75", ..."""
-    training = about(run)["training"]
-    alone = ", projector alone" if training.get("train") == "projector" else ""
-    if training["stage"] != "vision-audio":
-        return {"vision-text": "base", "audio-text": "aligned"}[training["stage"]] + alone
-    alpha, on_policy = training["alpha"], training["on_policy"]
-    text = f"KD {alpha:g}" if alpha or on_policy else "SFT"
-    if on_policy:
-        text += f", on-policy {on_policy:g}"
-    if training["temperature"] != 1:
-        text += f", T {training['temperature']:g}"
-    return text + alone
 
 
 def differences(there, here, free=()):
@@ -169,34 +185,12 @@ def placed(setting):
 
 def check_same(run, config):
     """Raises BadInput if a finished run's folder holds another training than `config` asks for."""
-    other = differences(about(run)["training"], config, free=("micro_batch",))
+    other = differences(read_run_info(run)["training"], config, free=("micro_batch",))
     if other:
         raise BadInput(f"{run}: holds the finished run of another training ({other}): "
                        "choose another --out")
     # A run that was killed just before it ended may have left its checkpoint.
     (Path(run) / "checkpoint.safetensors").unlink(missing_ok=True)
-
-
-def place_for_answers(run):
-    """Returns where a run's answers are kept; those of a model that is no run lie beside ours."""
-    if finished(run):
-        return Path(run)
-    path = os.path.abspath(run) if ".." in Path(run).parts else run
-    parts = [part for part in Path(path).parts if part != "/"]
-    return Path("runs/asked") / "_".join(parts)
-
-
-def answers_file(run, average):
-    """Returns the file of eval.py's answers, by the name of their mean in the table."""
-    return place_for_answers(run) / f"answers-{average.split()[0]}.jsonl"
-
-
-def read_answers(run):
-    """Returns the rows that eval.py kept: samples with their "text" and "audio" answers."""
-    path = answers_file(run, "mean")
-    if not path.exists():
-        raise BadInput(f"{run}: has no answers yet; `python eval.py {run}` asks it")
-    return [row for _, row in json_lines(path)]
 
 
 # ---- models --------------------------------------------------------------------------------------
@@ -234,24 +228,25 @@ def default_runs(args):
     runs = [base, aligned, *sorted(trained, key=lambda path: path.name)]
     runs = [run for run in runs if finished(run)]
     if not runs:
+        command = f"torchrun --standalone train.py {shlex.join(chain_options(args))}"
         raise BadInput(f"{aligned.parent}: no finished run of seed {args.seed}; "
-                       f"`torchrun train.py {shlex.join(chain_options(args))}` makes one")
+                       f"`{command}` makes one")
     return runs
 
 
-def asked_for(args):
-    """Returns the runs that a command names, or else those of its --preset and --seed."""
-    return args.runs or default_runs(args)
+def asked_for(args, listening=False):
+    """Returns the runs that a command names, or else those of its --preset and --seed.
 
-
-def listening_runs(args):
-    """Returns those of the command's runs that can listen. Raises BadInput if none can."""
-    paths = asked_for(args)
-    listening = [run for run in paths if about(run)["base"] is not None]
+    listening: only those that can listen. Raises BadInput if none can.
+    """
+    paths = args.runs or default_runs(args)
     if not listening:
+        return paths
+    able = [run for run in paths if read_run_info(run)["base"] is not None]
+    if not able:
         raise BadInput(f"{', '.join(map(str, paths))}: cannot listen; "
                        "name a run of the stage audio-text or vision-audio")
-    return listening
+    return able
 
 
 def group_runs(paths):
@@ -263,25 +258,21 @@ def group_runs(paths):
     for run in paths:
         if places.count(os.path.realpath(run)) > 1:
             raise BadInput(f"{run}: is named twice")
-        info = about(run)
+        info = read_run_info(run)
         seed = info["training"]["seed"]
 
-        # What seeds have in common. A path may tell the seed, too: "data-s0". The run's own path
-        # counts, as runs of changed code have the same settings.
-        training = {**info["training"], "seed": None, "micro_batch": None}
-        base = None if finished(run) and info["base"] is None else str(source_of(run, "base"))
-        common = [name(run), Path(run).as_posix(), base, info["settings"], training]
-        common = json.dumps(common, sort_keys=True)
-        common = re.sub(r"[-_]?(?<![a-z])s(eed)?[-_]?\d+", "", common)
-        if seed in groups.get(common, {}):
-            common += str(run)
-        groups.setdefault(common, {})[seed] = run
+        # The run's own path counts, too: runs of changed code have the same recipe.
+        key = info["kind"], info["recipe"], without_seed(Path(run).as_posix(), seed)
+        if seed in groups.get(key, {}):
+            key = (*key, run)
+        groups.setdefault(key, {})[seed] = run
 
-    first = [next(iter(by_seed.values())) for by_seed in groups.values()]
-    names = [*map(name, first)]
-    names = [label if names.count(label) == 1 else f"{label} ({run})"
-             for label, run in zip(names, first)]
-    return dict(zip(names, groups.values()))
+    names = [kind for kind, *_ in groups]
+    labels = []
+    for name, by_seed in zip(names, groups.values()):
+        first = next(iter(by_seed.values()))
+        labels.append(name if names.count(name) == 1 else f"{name} ({first})")
+    return dict(zip(labels, groups.values()))
 
 
 def arguments(description):
@@ -291,10 +282,10 @@ def arguments(description):
     add = parser.add_argument
     add("runs", nargs="*", help="run folders (default: the chain of --preset and --seed)")
     add("--preset", default="shapes", help="whose runs, if none are named")
-    add("--seed", type=at_least(0, 2**32), default=0, help="whose runs, if none are named")
+    add("--seed", type=in_range(0, 2**32), default=0, help="whose runs, if none are named")
     add("--whisper", help="train.py's, whose runs, if none are named")
     add("--data", help="prepared folder of questions (default: the test part of each run's seed)")
-    add("--n", type=at_least(1), help="take only the first so many questions")
+    add("--n", type=in_range(1), help="take only the first so many questions")
     add("--out", default="runs/report", help="folder for tables and pictures")
     add("--device", choices=["cpu", "cuda", "mps"], help="default: cuda if there is one",
         default=default_device())

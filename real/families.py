@@ -1,10 +1,12 @@
 """What differs between LVLM families: chat format, special tokens, picture patches, positions.
 
-CHATS has a row for each chat (the setting "chat"): all that stands around a question, to the
-letter, as the LVLM learnt it. config.json names the chat: OpenGVLab's by its "template",
-transformers' by its "model_type". One more LVLM is one more row, and its parameters' names in
-checkpoints.py. There is nothing to run here.
+CHATS has a row for each chat format (the setting "chat"): the exact text around a question that
+the LVLM was trained with. config.json names it: OpenGVLab's by "template", transformers' by
+"model_type". A new LVLM needs a row here, and its parameters' names in checkpoints.py. There is
+nothing to run here.
 """
+
+from dataclasses import asdict, dataclass
 
 from plumbing.files import BadInput, at
 
@@ -27,13 +29,13 @@ INTERNVL2 = {
                "英文名叫InternVL, 是一个有用无害的人工智能助手。"),
     "before": "<|im_start|>system\n{}<|im_end|><|im_start|>user\n",
     "image": ("<img>", "<IMG_CONTEXT>", "</img>\n"),
-    "turn": "<|im_end|><|im_start|>assistant\n",
+    "generation_prompt": "<|im_end|><|im_start|>assistant\n",
     "end": "<|im_end|>"}
 QWEN2_VL = {
     "system": "You are a helpful assistant.",
     "before": "<|im_start|>system\n{}<|im_end|>\n<|im_start|>user\n",
     "image": ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>"),
-    "turn": "<|im_end|>\n<|im_start|>assistant\n",
+    "generation_prompt": "<|im_end|>\n<|im_start|>assistant\n",
     "end": "<|im_end|>"}
 CHATS = {
     # InternVL2-1B, and the built-in world
@@ -43,7 +45,7 @@ CHATS = {
     # InternVL2-4B. The blank is a token of its own, which the original tokenizer puts there.
     "phi3-chat": INTERNVL2 | {
         "before": "<s> <|system|>\n{}<|end|><|user|>\n",
-        "turn": "<|end|><|assistant|>\n",
+        "generation_prompt": "<|end|><|assistant|>\n",
         "end": "<|end|>"},
     "qwen2_vl": QWEN2_VL,
     "qwen2_5_vl": QWEN2_VL,
@@ -51,17 +53,37 @@ CHATS = {
     "internvl": INTERNVL2 | {
         "system": "",
         "before": "<|im_start|>user\n",
-        "turn": QWEN2_VL["turn"]},
+        "generation_prompt": QWEN2_VL["generation_prompt"]},
 }
 OLD_CHATS = {  # what earlier versions of this code called them in a run's ollm.json: "llm"
     "qwen2": "Hermes-2", "llama": "internlm2-chat", "phi3": "phi3-chat",
     "qwen2_vl_text": "qwen2_vl", "qwen2_5_vl_text": "qwen2_5_vl"}
 
 
-def lvlm_settings(lvlm):
-    """Returns how prompts are made for a real LVLM; the instruction to transcribe is ours.
+@dataclass(slots=True)  # slots: a misspelt name is an error
+class PromptSettings:
+    """How a prompt is made. A run keeps it in its ollm.json, without what is None."""
+    chat: str = "Hermes-2"  # a row of CHATS
+    system: str = ""  # the system message
+    instruction: str = "Transcribe the speech."  # follows speech to be transcribed; ours
+    image_size: int = 448  # side of a tile in pixels
+    tokens_per_tile: int = 256  # image tokens of a tile
+    max_tiles: int = 6  # most tiles of a picture, the thumbnail not counted
+    min_tiles: int | None = None  # Qwen2-VL only: least area, in tiles
+    audio_seconds: float | None = None  # pad speech to so many; None: its own length
+    suffix: str | None = None  # how format suffixes were asked in training: plumbing/prepared.py
+    tts: str | None = None  # what spoke the questions of training
+    voice: str | None = None  # its voice
 
-    Raises BadInput for an LVLM of another chat format: its answers would be worse, unnoticed.
+    def to_json(self):
+        """Returns the settings as a dict for JSON."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
+
+
+def lvlm_settings(lvlm):
+    """Returns the PromptSettings of a real LVLM.
+
+    Raises BadInput for an unknown chat format, which would silently lower the scores.
     """
     llm, vision = lvlm.config.text_config.model_type, lvlm.config.vision_config
     chat = getattr(lvlm.config, "template", None) or lvlm.config.model_type
@@ -69,57 +91,54 @@ def lvlm_settings(lvlm):
         raise BadInput(f"an LVLM with the LLM {llm} and the chat {chat}; supported are InternVL2 "
                        "of 1B to 8B in OpenGVLab's layout, InternVL3 and 3.5 with Qwen's LLMs in "
                        "transformers' (-hf), Qwen2-VL and 2.5-VL")
-    settings = {"chat": chat, "system": CHATS[chat]["system"], "max_tiles": 6,
-                "instruction": "Transcribe the speech."}
-
-    # Qwen2-VL does not cut a picture. 448 x 448 pixels of it are as many tokens as such a tile.
+    # Qwen2-VL does not tile. Its 448 x 448 pixels are as many tokens as InternVL's tile.
     if not hasattr(vision, "image_size"):
-        return settings | {"image_size": 448, "min_tiles": 1, "tokens_per_tile": 256}
-    return settings | {"image_size": vision.image_size[0],
-                       "tokens_per_tile": lvlm.config.image_seq_length}
+        return PromptSettings(chat, CHATS[chat]["system"], min_tiles=1)
+    return PromptSettings(chat, CHATS[chat]["system"], image_size=vision.image_size[0],
+                          tokens_per_tile=lvlm.config.image_seq_length)
 
 
 def prompt_settings(lvlm, stored):
-    """Returns the settings that a run keeps in its ollm.json; of None, those of its LVLM."""
+    """Returns the PromptSettings of a run's ollm.json (a dict), or if None those of its LVLM."""
     if stored is None:
         return lvlm_settings(lvlm)
     if "llm" in stored:  # written by an earlier version
         stored["chat"] = OLD_CHATS[stored.pop("llm")]
-    return stored
+    return PromptSettings(**stored)
 
 
 def prompt_ids(tokenizer, settings, image_tokens, questions):
-    """Returns the LVLM's chat prompt as token ids in three parts: (prefixes, questions, turn).
+    """Returns the chat prompts as token ids: (prefixes, questions, generation prompt).
 
-    A prefix is what stands before the question, the image included. The turn is what stands between
-    question and answer. Writing and speech fill the same slot between them. Each prompt is
-    tokenised whole and then cut, and it is checked that no token grew across a cut.
+    A prefix is everything before the question, the image included. The generation prompt stands
+    between question and answer. The written or the spoken question goes between the two. Each
+    prompt is tokenised whole and then cut; a token that spans a cut is an error.
     """
     # The prompts as text.
-    chat = CHATS[settings["chat"]]
+    chat = CHATS[settings.chat]
     opening, mark, closing = chat["image"]
     before, prompts = [], []
     for n, question in zip(image_tokens, questions):
-        prefix = chat["before"].format(settings["system"])
+        prefix = chat["before"].format(settings.system)
         if n:
             prefix += opening + mark * n + closing
         before.append(prefix)
-        prompts.append(prefix + question.strip() + chat["turn"])
+        prompts.append(prefix + question.strip() + chat["generation_prompt"])
 
     # The same as ids, cut in three.
-    turn = turn_ids(tokenizer, settings)
+    ending = generation_prompt_ids(tokenizer, settings)
     prefix_ids = tokenizer(before).input_ids
     question_ids = []
     for prefix, ids, question in zip(prefix_ids, tokenizer(prompts).input_ids, questions):
-        if ids[: len(prefix)] != prefix or ids[-len(turn):] != turn:
+        if ids[: len(prefix)] != prefix or ids[-len(ending):] != ending:
             raise BadInput(f"the tokenizer merges {question!r:.200} with what stands around it")
-        question_ids.append(ids[len(prefix): -len(turn)])
-    return prefix_ids, question_ids, turn
+        question_ids.append(ids[len(prefix): -len(ending)])
+    return prefix_ids, question_ids, ending
 
 
-def turn_ids(tokenizer, settings):
+def generation_prompt_ids(tokenizer, settings):
     """Returns the ids of what stands between question and answer."""
-    return tokenizer(CHATS[settings["chat"]]["turn"]).input_ids
+    return tokenizer(CHATS[settings.chat]["generation_prompt"]).input_ids
 
 
 def tile(image, max_tiles, size=448, thumbnail=True):
@@ -141,7 +160,7 @@ def tile(image, max_tiles, size=448, thumbnail=True):
             if distance < best or (distance == best and is_large):
                 best, columns, rows = distance, c, r
 
-    # The picture is stretched to the grid (bicubic): its aspect ratio is not kept.
+    # Bicubic stretching to the grid changes the aspect ratio, as in the original.
     whole = image.resize((size * columns, size * rows))
     tiles = []
     for r in range(rows):
@@ -157,13 +176,13 @@ def tile(image, max_tiles, size=448, thumbnail=True):
 def picture_patches(image, settings):
     """Returns a picture as Qwen2-VL takes it: {"pixel_values" (N, 1176), "image_grid_thw" (1, 3)}.
 
-    The picture is whole, nearly keeps its shape, and has the area of min_tiles to max_tiles.
+    The whole picture, at nearly its aspect ratio, with the area of min_tiles to max_tiles tiles.
     """
     from transformers import Qwen2VLImageProcessorPil  # seconds, which other LVLMs need not wait
 
-    area = settings["image_size"] ** 2
-    size = {"shortest_edge": settings["min_tiles"] * area,  # transformers calls these areas edges
-            "longest_edge": settings["max_tiles"] * area}
+    area = settings.image_size ** 2
+    size = {"shortest_edge": settings.min_tiles * area,  # transformers calls these areas edges
+            "longest_edge": settings.max_tiles * area}
     with at("the picture"):  # one that is 200 times as long as wide is refused
         return dict(Qwen2VLImageProcessorPil(size=size)(image, return_tensors="pt"))
 
@@ -174,14 +193,14 @@ def count_image_tokens(pixels, settings):
         return 0
     if "image_grid_thw" in pixels:
         return len(pixels["pixel_values"]) // PATCHES_PER_TOKEN
-    return len(pixels["pixel_values"]) * settings["tokens_per_tile"]
+    return len(pixels["pixel_values"]) * settings.tokens_per_tile
 
 
 def prefix_positions(lvlm, ids, mask, pixels):
     """Returns the positions of ids (B, T), and the shift of those that follow: (B, 1), or 0.
 
-    Padding takes no position. Qwen2-VL gives each token three (3, B, T): equal in text; in a
-    picture time, row and column. A picture takes as many as its longer side has tokens.
+    Padding takes no position. Qwen2-VL has three per token (3, B, T): equal in text; time, row and
+    column in a picture, which advances the position by the tokens of its longer side.
     """
     if not hasattr(lvlm.model, "get_rope_index"):
         return (mask.cumsum(1) - 1).clamp(min=0), 0
@@ -195,8 +214,8 @@ def check_length(sample, n_tokens, n_image, settings, tokenizer):
     limit = tokenizer.model_max_length
     if n_tokens > limit:
         where = sample.get("where", "the question")
-        tiles = (limit - n_tokens + n_image) // settings["tokens_per_tile"]
-        if "min_tiles" not in settings and tiles > 1:
+        tiles = (limit - n_tokens + n_image) // settings.tokens_per_tile
+        if settings.min_tiles is None and tiles > 1:
             tiles -= 1  # the thumbnail is one, too
         fits = f"; --max-tiles {tiles} fits" if n_image and tiles > 0 else ""
         raise BadInput(f"{where}: {n_tokens:,} tokens, the model has room for {limit:,}{fits}")

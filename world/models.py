@@ -15,6 +15,7 @@ from transformers import (
 )
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
+from real.families import PromptSettings
 from world import shapes
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>")
@@ -38,7 +39,8 @@ def build_tokenizer():
 
 def build_lvlm():
     """Returns (lvlm, tokenizer, settings): InternVL and Qwen2 with 1.0 M parameters."""
-    # Not the usual layer scale 0.1 and spread 0.02: with these, a model this narrow learns slowly.
+    # Layer scale and init are larger than the usual 0.1 and 0.02: a model this narrow would train
+    # slowly with those.
     tokenizer = build_tokenizer()
     vision = dict(hidden_size=96, num_hidden_layers=2, num_attention_heads=4, intermediate_size=384,
                   image_size=[shapes.SIZE] * 2, patch_size=[16, 16], attention_bias=True,
@@ -52,17 +54,17 @@ def build_lvlm():
     lvlm = InternVLForConditionalGeneration(config)
 
     with torch.no_grad():
-        # InternVL's positions begin at 0: beside the patches they would be too small for long. Here
-        # the patches of a row of cells begin with one direction in common, those of a column with
-        # another. Otherwise left and right are told apart late.
+        # InternVL initialises position embeddings to 0, which is too small beside the patches for
+        # long. Here the patches of a row of cells share one random direction, those of a column
+        # another: without it, left and right are learned late.
         positions = lvlm.model.vision_tower.embeddings.position_embeddings  # (1, 1 + 4 * 4, 96)
         nn.init.normal_(positions, std=0.3)
         cells = torch.randn(2, 1, 96) + torch.randn(1, 2, 96)  # (2, 2, 96)
         positions[0, 1:] += cells.repeat_interleave(2, 0).repeat_interleave(2, 1).flatten(0, 1)
-        # A word is read and said in the same direction at first: so it is sooner seen in a picture.
+        # The head starts as a copy of the embeddings: words are grounded in pictures sooner.
         lvlm.lm_head.weight.copy_(lvlm.get_input_embeddings().weight)
-    settings = {"chat": "Hermes-2", "system": "", "image_size": shapes.SIZE, "tokens_per_tile": 4,
-                "max_tiles": 1, "instruction": shapes.INSTRUCTION}
+    settings = PromptSettings("Hermes-2", "", shapes.INSTRUCTION, shapes.SIZE, tokens_per_tile=4,
+                              max_tiles=1)
     return lvlm, tokenizer, settings
 
 

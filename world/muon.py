@@ -1,8 +1,8 @@
-"""Muon, the optimizer that the built-in world starts with.
+"""Muon, the optimizer of the built-in world's first two stages.
 
-There is nothing to run here; `train.py` uses it where a preset says so. In the built-in world, the
-LVLM and the audio encoder learn all they know in minutes, and with Muon they need six in ten of
-AdamW's steps (docs/results.md). The paper's models come trained and use AdamW.
+There is nothing to run here; `train.py` uses it where a preset says so. There the LVLM
+and the audio encoder are trained from scratch, and Muon needs six in ten of AdamW's steps
+(docs/results.md). Real models are pretrained; for them train.py uses AdamW.
 """
 
 import torch
@@ -30,15 +30,15 @@ def orthogonalize(matrices, steps=5):
 
 
 class Muon(torch.optim.AdamW):
-    """AdamW, but a matrix moves by the orthogonalized mean of its last gradients.
+    """AdamW, but a matrix moves by the orthogonalized momentum of its gradients.
 
-    So it moves as far in directions that gradients seldom point to as in others. The factor makes
-    its steps as large as AdamW's, at the same learning rate (Liu et al., 2025, arXiv 2502.16982).
+    All directions get updates of equal size, rare gradient directions included. The factor makes
+    the updates as large as AdamW's at the same learning rate (Liu et al., 2025, arXiv 2502.16982).
     """
 
     @torch.no_grad()
     def step(self):
-        """Updates the weights. Leaves matrices without gradients, so that AdamW skips them."""
+        """Updates the weights. Drops the gradients of matrices, so that AdamW skips them."""
         for group in self.param_groups:
             by_shape = {}  # matrices of one shape move together: one large product, not many
             for p in group["params"]:
