@@ -1,4 +1,4 @@
-"""MMAlign: which of two sentences about a picture is right, when asked in writing and aloud?
+"""MMAlign: which of two sentences about a picture is right, asked as text and as speech?
 
     python mmalign.py                                       # base, aligned, every alpha of seed 0
     python mmalign.py runs/shapes/vision-audio-a*-s[012]    # any runs; seeds are averaged
@@ -30,8 +30,8 @@ import sys
 from pathlib import Path
 
 from eval import arguments, report
-from plumbing import prepared, runs
-from plumbing.files import BadInput, at, at_least, read_json, readable_errors
+from plumbing import prepared
+from plumbing.files import BadInput, at, in_range, read_json, readable_errors
 from plumbing.media import HELD_OUT_VOICES, load_image, save_png
 from real import speech
 from world import shapes
@@ -219,17 +219,12 @@ def build_arguments(words):
     add("--attribution", required=True, help="ARO's visual_genome_attribution.json")
     add("--images", required=True, help="folder of their pictures (unpacked vgr_vga_images.zip)")
     add("--out", required=True, help="the prepared folder")
-    add("--seed", type=at_least(0, 2**32), default=0, help="of the draw and the voices")
-    add("--n", type=at_least(2), default=300, help="questions of each kind, an even number")
+    add("--seed", type=in_range(0, 2**32), default=0, help="of the draw and the voices")
+    add("--n", type=in_range(2), default=300, help="questions of each kind, an even number")
     add("--run", help="a run: who spoke in its training speaks here (--tts, --voice override)")
     speech.add_voice_arguments(add, None)
     args = parser.parse_args(words)
-    settings = {}
-    if args.run:
-        settings = runs.about(args.run)["settings"] or {}  # an LVLM's folder has none
-    args.tts = args.tts or settings.get("tts", "espeak")
-    args.voice = args.voice or settings.get("voice") or speech.MMS_VOICE
-    del args.run  # the folder tells the voice
+    speech.take_from_run(args, tts="espeak", voice=speech.MMS_VOICE)
     if args.n % 2:
         parser.error(f"--n must be even: the true sentence stands first in half, not {args.n}")
     return args

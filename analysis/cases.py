@@ -4,9 +4,8 @@
     python -m analysis.cases                 # eight questions to every run of seed 0
     python -m analysis.cases --n 20 runs/shapes/vision-audio-a*-s0 --out figures
 
-The questions (--n of them, 8 by default) are drawn blindly. Of several seeds, the first named is
-shown. Nothing is asked anew: the answers are those that eval.py kept. cases.md and cases.png go to
---out.
+The questions (--n of them, 8 by default) are drawn at random. Of several seeds, the first named is
+shown. The answers are those that eval.py kept. cases.md and cases.png go to --out.
 """
 
 import os
@@ -16,17 +15,21 @@ from pathlib import Path
 
 from eval import score_answer
 from plumbing import runs, tables
+from plumbing.answers import read_answers
 from plumbing.files import BadInput, readable_errors, write_text
 from plumbing.media import load_image
 
 
-def pick_cases(groups, n):
-    """Returns n cases, (sample, {"name, audio": answer}) each, of {name: {seed: run}}."""
+def pick_cases(groups, n, data=None):
+    """Returns n cases, (sample, {"name, audio": answer}) each, of {name: {seed: run}}.
+
+    data: the folder asked, if it is not the test part
+    """
     answers, columns = {}, {}
     for name, by_seed in groups.items():
         # A question is known by its file and line, as not all runs may have been asked the same.
-        rows = {row["where"]: row for row in runs.read_answers(next(iter(by_seed.values())))}
-        answers[name] = rows
+        kept = read_answers(next(iter(by_seed.values())), data)
+        rows = answers[name] = {row["where"]: row for row in kept}
         columns.setdefault("text", {where: row["text"] for where, row in rows.items()})
         if next(iter(rows.values()))["audio"] is not None:
             columns[f"{name}, audio"] = {where: row["audio"] for where, row in rows.items()}
@@ -65,7 +68,7 @@ def main():
     parser.set_defaults(n=8)
     args = parser.parse_args()
     groups = runs.group_runs(runs.asked_for(args))
-    cases, out = pick_cases(groups, args.n), Path(args.out)
+    cases, out = pick_cases(groups, args.n, args.data), Path(args.out)
     if not cases:
         raise BadInput("the runs have no question with a picture in common")
 

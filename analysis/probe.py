@@ -35,11 +35,12 @@ from tqdm import tqdm
 
 from analysis import attention
 from analysis.attention import QUERY, VISION, looking_positions
-from data import AUDIO_SLOT, IGNORE
+from data import AUDIO_PLACEHOLDER, IGNORE
 from eval import score_answer
 from model import OLLM
 from plumbing import runs, tables
-from plumbing.files import BadInput, at_least, readable_errors
+from plumbing.answers import answer_batches
+from plumbing.files import BadInput, in_range, readable_errors
 from world import shapes
 
 CUTS = {"query -/-> vision": ("query", VISION), "answer -/-> query": ("response", QUERY),
@@ -56,12 +57,12 @@ def likeliest_tokens(ollm, batch, top):
     The final norm comes before the head: the head was trained on states of that scale.
     """
     llm, tokens = ollm.lvlm.model.language_model, []
-    audio_slots = batch["audio"]["ids"] == AUDIO_SLOT  # (B, S)
+    audio_placeholders = batch["audio"]["ids"] == AUDIO_PLACEHOLDER  # (B, S)
     no_slots = torch.zeros_like(batch["prefix"]["mask"])  # (B, P)
-    audio_slots = torch.cat([no_slots, audio_slots], dim=1)  # (B, T)
+    audio_placeholders = torch.cat([no_slots, audio_placeholders], dim=1)  # (B, T)
 
     def read(layer, inputs, hidden):
-        logits = ollm.lvlm.lm_head(llm.norm(hidden[audio_slots]))  # (audio tokens, V)
+        logits = ollm.lvlm.lm_head(llm.norm(hidden[audio_placeholders]))  # (audio tokens, V)
         tokens.append(logits.topk(top).indices)
 
     with attention.hooks(torch.nn.Module.register_forward_hook, llm.layers, read):
@@ -74,7 +75,7 @@ def lens(ollm, batch, items, top):
 
     The second is None if the other question has no word of its own.
     """
-    lengths = (batch["audio"]["ids"] == AUDIO_SLOT).sum(1).tolist()
+    lengths = (batch["audio"]["ids"] == AUDIO_PLACEHOLDER).sum(1).tolist()
     by_layer = [tokens.split(lengths) for tokens in likeliest_tokens(ollm, batch, top)]
     questions = [set(ollm.tokenizer(item["question"]).input_ids) for item in items]
     for b, own in enumerate(questions):
@@ -142,10 +143,16 @@ def knockout(ollm, batch, form, width):
 
 def answer_aloud(ollm, items, size):
     """Returns the model's answers to the items' speech, so many at once."""
-    answers = []
-    for start in range(0, len(items), size):
-        answers += ollm.answer(items[start: start + size], ("audio",))["audio"]
-    return answers
+    def answer(samples):
+        return ollm.answer(samples, ("audio",))
+
+    def length(i):
+        return len(items[i]["question"])
+
+    answers = {}
+    for batch in answer_batches(answer, items, range(len(items)), length, size):
+        answers |= {i: told["audio"] for i, told in batch}
+    return [answers[i] for i in range(len(items))]
 
 
 def mix_questions(items):
@@ -201,7 +208,7 @@ def controls(ollm, items, size):
 
 def shift(ollm, batch):
     """Returns (N, 3): KL(text || audio), agreement (0 or 1), text's rank of audio's likeliest."""
-    prefix, audio = ollm.encode_prefix(batch), ollm.hear(batch["mel"], batch["n_frames"])
+    prefix, audio = ollm.prefill(batch), ollm.encode_audio(batch["mel"], batch["n_frames"])
     by_audio, _ = ollm.answer_logits(prefix, batch["audio"], audio)  # (N, V)
     by_text, _ = ollm.answer_logits(prefix, batch["text"])  # (N, V)
     by_audio, by_text = (logits.float().log_softmax(-1) for logits in (by_audio, by_text))
@@ -328,11 +335,11 @@ def print_results(results):
 def main():
     parser = attention.arguments(__doc__)
     parser.set_defaults(out="runs/probe")
-    parser.add_argument("--window", type=at_least(1), default=1, help="layers cut at once")
-    parser.add_argument("--top", type=at_least(1), default=5, help="likely words of an audio token")
+    parser.add_argument("--window", type=in_range(1), default=1, help="layers cut at once")
+    parser.add_argument("--top", type=in_range(1), default=5, help="likely words of an audio token")
     args = parser.parse_args()
     results, out = {}, Path(args.out)
-    for name, by_seed in runs.group_runs(runs.listening_runs(args)).items():
+    for name, by_seed in runs.group_runs(runs.asked_for(args, listening=True)).items():
         results[name] = {seed: probe(run, seed, args) for seed, run in by_seed.items()}
     for kind in ("lens", "knockout"):
         write_curves(results, kind, out / f"{kind}.csv")

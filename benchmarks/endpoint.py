@@ -1,153 +1,90 @@
 """Any omnimodal model behind an OpenAI-compatible chat server, asked as a run is asked.
 
-    python eval.py --endpoint http://localhost:8000/v1 --model Qwen/Qwen2.5-Omni-7B --bench TSV ...
+    python eval.py --endpoint http://localhost:8000/v1 --model Qwen/Qwen2.5-Omni-7B --bench MME
 
-The server gets the same pictures, questions and speech as a run of this project: a picture and a
-text, or a picture and a WAV, in one user message. Its answers are scored alike. A key is read from
-OPENAI_API_KEY, if that is set. `python -m pytest tests/test_endpoint.py` plays a server. Some
-servers drop speech without a word: before the first spoken question, each is put to the test.
-
-(huggingface_hub's InferenceClient would refuse a server on this machine while HF_HUB_OFFLINE is
-set, and would send the hub's own token to a server that needs none.)
+The server gets what a run gets: a picture and a text, or a picture and a WAV, in one user message.
+Some servers drop speech silently, so each is tested before its first spoken question.
 """
 
-import base64
 import io
+import mimetypes
 import os
-import time
-from dataclasses import dataclass
+from base64 import b64encode
 from multiprocessing.pool import ThreadPool
+from pathlib import Path
 
-import httpx
 import soundfile
 
-from plumbing.files import BadInput, at, one_line
+from plumbing.answers import Subject
+from plumbing.files import BadInput, at
 from plumbing.media import SAMPLE_RATE
 
-TRIES = 5  # of a request, the first included
-WAIT = 1.0  # seconds before the second try, doubled each time
-TIMEOUT = 120  # seconds for one answer
 
-# Failures that may pass: of the network, and a body that is no chat completion (the last four).
-PASSING = (httpx.TimeoutException, httpx.NetworkError, httpx.RemoteProtocolError,
-           ValueError, LookupError, TypeError, AttributeError)
+def server_subject(args):
+    """Returns the Subject of the server's model. Raises BadInput without OpenAI's client."""
+    try:
+        from openai import OpenAI  # an optional package
+    except ImportError as error:
+        raise BadInput("--endpoint needs OpenAI's client: pip install openai") from error
+    client = OpenAI(base_url=args.endpoint, api_key=os.environ.get("OPENAI_API_KEY") or "none",
+                    max_retries=4, timeout=120)  # seconds for one answer
+    parallel, speech_forms = args.batch or 8, []
 
+    def request(content, max_new_tokens=8):
+        """Returns (answer, what is wrong with it or None, the prompt's tokens or None)."""
+        with at(args.endpoint):
+            reply = client.chat.completions.create(
+                model=args.model, messages=[{"role": "user", "content": content}], temperature=0,
+                max_tokens=max_new_tokens)
+            text, end = reply.choices[0].message.content or "", reply.choices[0].finish_reason
+            remark = f"end by {end}" if text.strip() else f"are empty ({end})"
+            is_whole = text.strip() and end in ("stop", None)
+            return text, None if is_whole else remark, reply.usage and reply.usage.prompt_tokens
 
-@dataclass
-class Server:
-    """A model behind a chat server."""
-    url: str  # of the API, .../v1
-    model: str
-    max_new_tokens: int
-    parallel: int = 8  # requests on their way at once
-    speech: str = ""  # in which form it is sent, once that is known
-
-    def answer(self, samples, forms):
-        """Returns {form: [answer, ...]}, as OLLM.answer, and {form + " remark": what is wrong}."""
-        if "audio" in forms and not self.speech:
-            self.speech = self.find_speech_form(samples[0])
+    def answer(samples, forms, max_new_tokens):
+        if "audio" in forms and not speech_forms:
+            speech_forms.append(find_speech_form(request, samples[0], args))
         answers = {}
-        with ThreadPool(self.parallel) as pool:
+        with ThreadPool(parallel) as pool:
             for form in forms:
-                messages = (message(sample, form, self.speech) for sample in samples)
-                replies = pool.imap(self.request, messages)  # in the samples' order
+                contents = [message(sample, form, *speech_forms) for sample in samples]
+                replies = pool.starmap(request, [(c, max_new_tokens) for c in contents])
                 answers[form], answers[f"{form} remark"], _ = map(list, zip(*replies))
         return answers
 
-    def find_speech_form(self, sample):
-        """Returns "input_audio" (OpenAI, vLLM) or "audio_url" (SGLang): what the server hears.
+    folder = Path("runs/endpoint", args.model.replace("/", "_"))
+    return Subject(args.model, folder, answer, ("text", "audio"), args.model, parallel)
 
-        It hears if speech makes its prompt longer. One that does not count its prompt is believed.
-        Raises BadInput if it hears neither.
-        """
-        sample, tried = {**sample, "question": "Answer.", "after": "Answer."}, []
-        *_, silent = self.request(message(sample, "text"))
-        for speech in ("input_audio", "audio_url"):
-            try:
-                *_, spoken = self.request(message(sample, "audio", speech))
-            except BadInput as error:
-                tried.append(str(error))
-                continue
+
+def find_speech_form(request, sample, args):
+    """Returns "input_audio" (OpenAI, vLLM) or "audio_url" (SGLang): what makes a prompt longer."""
+    sample, tried = {**sample, "question": "Answer.", "after": "Answer."}, []
+    *_, silent = request(message(sample, "text"))
+    for speech in ("input_audio", "audio_url"):
+        try:
+            *_, spoken = request(message(sample, "audio", speech))
             tried.append(f"{spoken} prompt tokens with {speech}, {silent} without")
-            unknown = None in (silent, spoken)
-            if unknown or spoken > silent:
-                print(f"{self.url}: {tried[-1]}{': it may not hear' if unknown else ''}")
+            if None in (silent, spoken) or spoken > silent:  # one that does not count is believed
+                print(f"{args.model}: {tried[-1]}")
                 return speech
-        raise BadInput(f"{self.url}: {self.model} does not hear: {'; '.join(tried)}")
-
-    def request(self, message):
-        """Returns what `read_reply` reads of the reply to one user message.
-
-        Raises BadInput if the server refuses, or fails TRIES times in a row.
-        """
-        body = {"model": self.model, "messages": [message], "temperature": 0,
-                "max_tokens": self.max_new_tokens}
-        key = os.environ.get("OPENAI_API_KEY", "").strip()
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
-        for attempt in range(TRIES):
-            if attempt:
-                time.sleep(WAIT * 2 ** (attempt - 1))
-
-            with at(self.url):  # an address that is none is not tried again
-                try:
-                    response = httpx.post(f"{self.url.rstrip('/')}/chat/completions", json=body,
-                                          headers=headers, timeout=TIMEOUT)
-                    if response.is_success:
-                        return read_reply(response.json(), self.max_new_tokens)
-                    reason = f"{response.status_code} {response.reason_phrase}: {response.text}"
-                    if response.status_code != 429 and response.status_code < 500:
-                        break  # a refusal
-                except PASSING as error:
-                    reason = f"{type(error).__name__}: {error}"
-        raise BadInput(f"{self.url}: {one_line(reason, 300)} (after {attempt + 1} tries); "
-                       "the answers so far are on disk, the same command goes on from there")
+        except BadInput as error:
+            tried.append(str(error))
+    raise BadInput(f"{args.endpoint}: {args.model} does not hear: {'; '.join(tried)}")
 
 
 def message(sample, form, speech="input_audio"):
-    """Returns the user message for one sample: its picture, then the question, read or spoken.
-
-    sample: {"image": PIL image, "question": the whole prompt, "wave": (samples,), "after": text
-    that follows the speech}; speech: the form in which that is sent
-    """
-    # Both travel as base64 text: the picture as PNG, the speech as WAV.
-    png, wav = io.BytesIO(), io.BytesIO()
-    sample["image"].save(png, format="PNG")
-    url = f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}"
-    content = [{"type": "image_url", "image_url": {"url": url}}]
-
-    text = sample["question"]
+    """Returns a user message's content: the picture, then the question, read or spoken."""
+    content, text = [], sample.get("question")
+    if "image" in sample:
+        path = Path(sample["folder"]) / sample["image"]
+        url = f"data:{mimetypes.guess_type(path)[0]};base64,{b64encode(path.read_bytes()).decode()}"
+        content.append({"type": "image_url", "image_url": {"url": url}})
     if form == "audio":
+        wav = io.BytesIO()
         soundfile.write(wav, sample["wave"], SAMPLE_RATE, format="WAV", subtype="PCM_16")
-        code = base64.b64encode(wav.getvalue()).decode()
-        forms = {"input_audio": {"data": code, "format": "wav"},
-                 "audio_url": {"url": f"data:audio/wav;base64,{code}"}}
-        content.append({"type": speech, speech: forms[speech]})
-        text = sample["after"].strip()
-    if text:
-        content.append({"type": "text", "text": text})
-    return {"role": "user", "content": content}
-
-
-def read_reply(completion, max_new_tokens):
-    """Returns an answer, what is wrong with it or None, and the prompt's tokens or None.
-
-    completion: the server's reply, parsed JSON; max_new_tokens: how many were asked for
-    """
-    choice, usage = completion["choices"][0], completion.get("usage") or {}
-    content, text = choice["message"].get("content"), ""
-    for part in content if isinstance(content, list) else [content]:
-        if isinstance(part, dict) and part.get("type") in ("text", "output_text"):
-            part = part.get("text")
-        if isinstance(part, str):
-            text += part
-
-    # Where the server does not count them, a word has at least one token.
-    n_tokens = usage.get("completion_tokens") or len(text.split())
-    end, remark = choice.get("finish_reason") or "stop", None
-    if not text.strip():
-        remark = f"without text, finish_reason {end}"
-    elif n_tokens > max_new_tokens:
-        remark = "longer than --max-new-tokens"
-    elif end != "stop":
-        remark = f"with finish_reason {end}"
-    return text, remark, usage.get("prompt_tokens")
+        code = b64encode(wav.getvalue()).decode()
+        sent = {"input_audio": {"data": code, "format": "wav"},
+                "audio_url": {"url": f"data:audio/wav;base64,{code}"}}
+        content.append({"type": speech, speech: sent[speech]})
+        text = sample.get("after", "") if "question" in sample else "Transcribe the speech."
+    return content + [{"type": "text", "text": text.strip()}] * bool(text.strip())

@@ -4,7 +4,7 @@ The files are VLMEvalKit's (https://opencompass.openxlab.space/utils/VLMEval/MME
 row a question, its picture in base64. Prompts are those that VLMEvalKit used for InternVL2 and
 Qwen2-VL in February 2025. A row is a dict, {column: cell}.
 
-There is nothing to run here: ask.py asks, scorers.py scores.
+There is nothing to run here: build.py prepares, eval.py asks, scorers.py scores.
 """
 
 import base64

@@ -1,19 +1,47 @@
 """The benchmarks' table, differences and picture, from the scores of all models asked.
 
-There is nothing to run here: `python eval.py RUN --bench DIR` prints and draws by it.
+There is nothing to run here: `python eval.py RUN --bench FOLDER` prints and draws by it.
 """
 
+import json
 import math
 import statistics
 
 from benchmarks.scorers import BENCHMARKS
-from plumbing.tables import COLORS, blank_figure, paired_bootstrap, save_figure
+from plumbing.files import write_text
+from plumbing.tables import (
+    COLORS,
+    blank_figure,
+    paired_bootstrap,
+    print_summaries,
+    save_figure,
+)
 
 # What the table says of a benchmark beside the paper's columns.
 SHARES = ("yes ratio of answered", "yes ratio of all", "unknown share")
 DETAILS = {"MME": ("perception", "reasoning", "sum/28", "accuracy", *SHARES),
            "HallusionBench": ("aAcc", "fAcc", "qAcc", *SHARES),
            "RealWorldQA": ("unknown share",)}
+
+
+def report(groups, results, out):
+    """Prints the table and differences; writes them to benchmarks.json, and the picture.
+
+    groups: {name: [`columns` of each seed]}; results: {label: {form: {benchmark: scores}}}
+    out: the folder
+    """
+    print_summaries(groups)
+    print_bench_differences(results)
+    write_text(out / "benchmarks.json", json.dumps({"table": groups, "runs": results}, indent=1))
+    print(out / "benchmarks.json")
+    asked = next(iter(results.values()))["text"]
+    draw_bars(groups, [column for name in asked for column in BENCHMARKS[name]],
+              out / "benchmarks.png")
+
+
+def columns(scores):
+    """Returns a subject's columns of the table, {form: {row: value}}."""
+    return {form: measures(benchmarks) for form, benchmarks in scores.items()}
 
 
 def measures(results):
@@ -26,8 +54,6 @@ def measures(results):
         for key in DETAILS.get(name, ()):
             if result[key] is not None:
                 details[f"{name}: {key}"] = result[key]
-        for remark, count in result["remarks"].items():
-            details[f"{name}: {remark} (how many)"] = count
     mean = {"mean": statistics.fmean(columns.values())} if columns else {}
     return {**columns, **mean, **details}
 

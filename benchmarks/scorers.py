@@ -1,6 +1,6 @@
 """How answers to the paper's seven benchmarks are scored.
 
-    python eval.py RUN --bench DIR     # a run on the files in DIR: MME.tsv, HallusionBench.tsv, ...
+    python eval.py RUN --bench prepared/MME     # a run on a folder by benchmarks/build.py
 
 Scores are those that VLMEvalKit used for InternVL2 and Qwen2-VL in February 2025, when the paper
 was written, without a judge model: an answer in the wrong form is wrong. Each scorer names the

@@ -29,8 +29,8 @@ def error_rates(rows):
     """
     n_errors, n_words, n_exact = 0, 0, 0
     for row in rows:
-        reference, heard = to_words(row["answer"]), to_words(row["audio"])
-        errors = edit_distance(reference, heard)
+        reference, transcript = to_words(row["answer"]), to_words(row["audio"])
+        errors = edit_distance(reference, transcript)
         n_errors += errors
         n_words += len(reference)
         n_exact += errors == 0
@@ -52,7 +52,7 @@ def says_the_label(row, answer):
 
 
 def agreement(rows):
-    """Returns {form: {measure: percent}}: answers as the label says, spoken ones as in writing."""
+    """Returns {form: {measure: percent}}: agreement with the label, and of speech with text."""
     summary = {}
     for form in ("text", "audio"):
         if rows[0][form] is not None:
@@ -60,5 +60,5 @@ def agreement(rows):
             summary[form] = {"as the label says": 100 * statistics.fmean(right)}
     if "audio" in summary:
         same = [agree(row["audio"], row["text"]) for row in rows]
-        summary["audio"]["as in writing"] = 100 * statistics.fmean(same)
+        summary["audio"]["as with text"] = 100 * statistics.fmean(same)
     return summary
