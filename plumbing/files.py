@@ -1,4 +1,4 @@
-"""Files that are whole or absent, folders and files with one writer, and errors in one line."""
+"""Atomic writes, folder locks, readers of JSONL and TSV, and one-line error messages."""
 
 import argparse
 import contextlib
@@ -18,15 +18,15 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-# What torch says when another process of the job, or one that reads data ahead, has died.
+# Messages of torch when another rank or a DataLoader worker has died.
 OTHER_PROCESS = re.compile("gloo|NCCL|DataLoader worker|process pool")
 
-# What it says when a GPU, or the machine, has not memory enough.
+# Messages of torch when a GPU or the machine is out of memory.
 WANT_OF_MEMORY = re.compile("out of memory|can't allocate memory")
 
 
 class BadInput(Exception):
-    """Something that the user gave cannot be used; the message says what and where."""
+    """Invalid input; the message names the file, the line and the fault."""
 
 
 # ---- errors in one line --------------------------------------------------------------------------
@@ -46,7 +46,7 @@ def at(where):
 
 @contextlib.contextmanager
 def enough_memory(advice):
-    """Turns want of memory, a GPU's or the machine's, into a BadInput that gives the advice."""
+    """Turns an out-of-memory error, of a GPU or the machine, into a BadInput with advice."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:  # torch's are RuntimeErrors
@@ -57,10 +57,10 @@ def enough_memory(advice):
 
 @contextlib.contextmanager
 def readable_errors():
-    """Ends a script with one line on stderr for what the user can mend, and with its exit code.
+    """Ends a script with one line on stderr and a non-zero exit code if the input is invalid.
 
-    Ctrl-C and SIGTERM end it with a line, too, and exit code 130. SELF_KD_TRACEBACK=1 shows
-    Python's traceback instead of the line.
+    Ctrl-C and SIGTERM also end it with one line, and exit code 130. SELF_KD_TRACEBACK=1 shows
+    the traceback instead.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -83,14 +83,14 @@ def readable_errors():
 
 def one_line(error, most=1000):
     """Returns an error's message without line breaks, at most so many characters of it."""
-    # A loader's process puts its traceback before the message.
+    # A DataLoader worker puts its traceback before the message.
     text = re.sub(r"(?s)^Caught BadInput in DataLoader.*BadInput: ", "", str(error))
     text = " ".join(text.split()) or type(error).__name__
     return text if len(text) <= most else f"{text[:most]} ..."
 
 
-def at_least(low, most=math.inf):
-    """Returns argparse's type for a finite number from `low` to `most`, of the kind that low is."""
+def in_range(low, most=math.inf):
+    """Returns an argparse type: a finite number from `low` to `most`, of the type of low."""
     def number(text):
         value = type(low)(text)
         if low <= value <= most and value < math.inf:
@@ -108,19 +108,14 @@ def read_json(path):
         return json.loads(Path(path).read_text(encoding="utf-8-sig"))
 
 
-def byte_lines(path):
-    """Yields ("file:line", bytes without the line's end) for each line of a text file."""
-    with at(path), unpacker(path)(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            yield f"{path}:{number}", line.rstrip(b"\r\n")
-
-
 def json_lines(path):
     """Yields ("file:line", value) for each line of a JSONL file. Raises BadInput with the place."""
-    for where, line in byte_lines(path):
-        with at(where):
-            value = json.loads(line)
-        yield where, value
+    with at(path), unpacker(path)(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            where = f"{path}:{number}"
+            with at(where):
+                value = json.loads(line)
+            yield where, value
 
 
 def table_rows(path, needed=(), errors="strict", **options):
@@ -160,10 +155,10 @@ def unpacker(path):
 
 
 @contextlib.contextmanager
-def written_whole(path, sync=False):
-    """Yields a temporary path and renames it to `path` if all went well: never half a file.
+def atomic_write(path, sync=False):
+    """Yields a temporary path and renames it to `path` on success, so no file is ever partial.
 
-    sync: first wait for the disk, so that not even a power cut leaves half a file under the name
+    sync: fsync first, so that even a power cut leaves no partial file
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -181,21 +176,21 @@ def written_whole(path, sync=False):
 
 
 def write_text(path, text):
-    """Writes a text file, whole or not at all."""
-    with written_whole(path) as temporary:
+    """Writes a text file atomically."""
+    with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json_lines(path, values):
-    """Writes a JSONL file, a value a line, whole or not at all."""
+    """Writes a JSONL file atomically, a value a line."""
     write_text(path, "".join(json.dumps(value) + "\n" for value in values))
 
 
 @contextlib.contextmanager
-def written_folder(folder, last):
-    """Yields a temporary folder and moves its files into `folder` if all went well.
+def atomic_folder(folder, last):
+    """Yields a temporary folder and moves its files into `folder` on success.
 
-    last: the name of the file that is moved last; where it lies, all others are complete
+    last: the file that is moved last; if it exists, all others are complete
     """
     folder = Path(folder)
     temporary = folder / ".saving.tmp"
@@ -213,7 +208,7 @@ def written_folder(folder, last):
 
 
 def flush_to_disk(path):
-    """Returns when the disk has a file's content, or a folder's names."""
+    """Calls fsync on a file or a folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -222,8 +217,8 @@ def flush_to_disk(path):
 
 
 @contextlib.contextmanager
-def only_writer(folder, patience=120, file=""):
-    """Makes the folder and holds its lock, which the system takes back however this process ends.
+def folder_lock(folder, patience=120, file=""):
+    """Makes the folder and holds its lock. The system releases it when this process ends.
 
     patience: seconds to wait for another writer before BadInput is raised
     file: hold the lock of this file in it alone, so that others may write its other files
@@ -241,7 +236,7 @@ def only_writer(folder, patience=120, file=""):
             lock.acquire(timeout=patience)
 
     try:
-        # What a killed writer left half done goes first.
+        # Temporary files of a killed writer are removed.
         patterns = (".*.tmp", "images/.*.tmp", "audio/.*.tmp")
         if file:
             patterns = (f".{glob.escape(file)}.*.tmp",)

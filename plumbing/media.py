@@ -1,4 +1,4 @@
-"""Pictures and sound: read from any usual format, spoken by espeak-ng, written whole."""
+"""Pictures and sound: reading the usual formats, speech by espeak-ng, atomic writing."""
 
 import _ctypes
 import ctypes
@@ -18,11 +18,11 @@ import torch
 import torchaudio
 from PIL import Image
 
-from plumbing.files import BadInput, at, written_whole
+from plumbing.files import BadInput, at, atomic_write
 
-SAMPLE_RATE = 16_000  # Hz, what Whisper hears
-MAX_SECONDS = 30  # Whisper has positions for no more
-TOLERANCE = 0.1  # seconds, by which a recording may be shorter than told
+SAMPLE_RATE = 16_000  # Hz, Whisper's
+MAX_SECONDS = 30  # Whisper's limit
+TOLERANCE = 0.1  # seconds that a recording may be shorter than its header says
 SOUNDS = "WAV", "WAVEX", "RF64", "W64", "AIFF", "AU", "CAF", "FLAC", "OGG", "MP3"  # tell their end
 PICTURES = "PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF"  # no format whose reader starts a program
 
@@ -40,7 +40,7 @@ HELD_OUT_VOICES = tuple(f"{accent}+{variant}" for accent in ACCENTS for variant 
 
 
 def load_image(file):
-    """Returns a path's or an open file's picture as RGB, wholly decoded. Raises BadInput."""
+    """Returns the picture of a path or an open file as RGB, fully decoded. Raises BadInput."""
     name = f" {file}" if isinstance(file, (str, Path)) else ""
     with at(f"cannot read the image{name}"):
         with warnings.catch_warnings(action="ignore"), Image.open(file, formats=PICTURES) as image:
@@ -95,7 +95,7 @@ def load_audio(path, start=0.0, seconds=None):
 def resampler(rate):
     """Returns torchaudio's filter from `rate` to 16 kHz; making it takes longer than using it.
 
-    Double precision is three times as fast here: torch's plain convolution suits so long a filter.
+    Double precision is three times as fast here, as torch picks another convolution.
     """
     # The filter of 16001 Hz would take 9 GB, of a broken header's rate all memory.
     if rate * SAMPLE_RATE // math.gcd(rate, SAMPLE_RATE) ** 2 > 2**22:
@@ -116,14 +116,14 @@ def resample(wave, rate):
 def speak(text, voice=VOICES[0], words_per_minute=175, pitch=50):
     """Returns (waveform (samples,) float32, 16000): the text spoken by espeak-ng.
 
-    espeak-ng carries state from one utterance to the next and cannot be reset. So its library is
-    loaded anew each time, which makes the speech a function of the arguments alone.
+    The library is loaded anew each time, because espeak-ng keeps state between utterances and
+    cannot be reset. So the speech depends on the arguments alone.
     Raises BadInput for an empty text and an unknown voice.
     """
     if not text.strip() or "\0" in text:
         raise BadInput("there is nothing to say: the text is empty, or has a NUL character")
     library = ctypes.CDLL(espeakng_loader.get_library_path())
-    short = TemporaryDirectory()  # espeak-ng ends Python where its path has 160 characters
+    short = TemporaryDirectory()  # espeak-ng crashes if its data path has 160 characters
     os.symlink(espeakng_loader.get_data_path(), f"{short.name}/espeak-ng-data")
     rate = library.espeak_Initialize(2, 0, short.name.encode(), 0)  # 2: samples to a callback
     pieces = []
@@ -157,8 +157,8 @@ def speak(text, voice=VOICES[0], words_per_minute=175, pitch=50):
 
 
 def link(source, target):
-    """Gives a file a second name, which takes no disk space, or copies it where that cannot be."""
-    with written_whole(target) as temporary:
+    """Makes a hard link, or a copy where the disk has no hard links."""
+    with atomic_write(target) as temporary:
         try:
             os.link(os.path.realpath(source), temporary)
         except OSError:
@@ -166,9 +166,9 @@ def link(source, target):
 
 
 def save_png(path, image):
-    """Writes a picture, unless it is there."""
+    """Writes a picture, unless the file exists."""
     if not path.exists():
-        with written_whole(path) as temporary:
+        with atomic_write(path) as temporary:
             image.save(temporary, format="PNG")
 
 
@@ -180,13 +180,13 @@ def save_sound(path, wave):
     file_format = Path(path).suffix[1:].upper()
     if file_format not in ("FLAC", "WAV"):
         raise BadInput(f"{path}: speech is written to .wav or .flac")
-    # Given an open file, soundfile leaves out its fsync, which takes longer than the encoding.
-    with written_whole(path) as temporary, open(temporary, "wb") as file:
+    # With an open file soundfile skips its fsync, which takes longer than the encoding.
+    with atomic_write(path) as temporary, open(temporary, "wb") as file:
         soundfile.write(file, wave, SAMPLE_RATE, format=file_format, subtype="PCM_16")
 
 
 def save_speech(folder, name, rng, text, voices, rates=(150, 340)):
-    """Speaks a text into folder/audio, unless it is there; returns {"audio", "voice"} for its line.
+    """Speaks a text into folder/audio, unless the file exists; returns {"audio", "voice"}.
 
     Voice, words a minute (from `rates`) and pitch are drawn from rng.
     """

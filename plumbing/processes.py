@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-PARENT = "SELF_KD_PARENT"  # environment variable: the process that a script is to end with
+PARENT = "SELF_KD_PARENT"  # environment variable: the process id of the script's parent
 
 
 # ---- torchrun's processes ------------------------------------------------------------------------
@@ -30,11 +30,11 @@ def set_up_processes(device=None):
     """Returns (rank, world_size, torch.device) from torchrun's environment, or of one process."""
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        end_with(os.getppid())
+        exit_with(os.getppid())
     device = device or default_device()
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    if device == "cpu":  # where it costs nothing: the same command gives the same bytes
+    if device == "cpu":  # bit-identical reruns, at no cost there
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False
 
@@ -44,25 +44,25 @@ def set_up_processes(device=None):
 
 
 def data_parallel(model, **options):
-    """Returns a model whose gradients are averaged over all processes; of one process, itself.
+    """Wraps a model in DDP, which averages gradients over all processes; one process needs none.
 
-    No buffer ever changes, so none is sent around; gradients lie where they are exchanged.
+    Buffers never change, so they are not broadcast.
     """
     if not dist.is_initialized():
         return model
-    return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True,
-                                   **options)
+    return DistributedDataParallel(model, forward_sync_buffers=False,
+                                   gradient_as_bucket_view=True, **options)
 
 
 def half_precision(device):
-    """Returns a context: on a GPU, matrix products are in bfloat16. Weights stay as they are."""
+    """Returns the autocast context: bfloat16 matrix products on a GPU; weights keep their type."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
-def halve_frozen_parts(model):
-    """Puts those parts of a model that are frozen throughout into half precision.
+def freeze_in_bfloat16(model):
+    """Casts the parameters of fully frozen parts of a model to bfloat16.
 
-    Only parameters: with rounded buffers, rotary angles of far positions would be wrong.
+    Buffers keep float32: rounded, the rotary angles of far positions would be wrong.
     """
     for part in model.children():
         if not any(parameter.requires_grad for parameter in part.parameters()):
@@ -96,12 +96,12 @@ def is_main():
 
 
 def wait_for_all():
-    """Returns when all processes have come here."""
+    """Waits until all processes have reached this point."""
     if dist.is_initialized():
         dist.barrier()
 
 
-def all_sum(values, device):
+def all_reduce(values, device):
     """Returns a list of numbers, each summed over all processes."""
     if not dist.is_initialized():
         return list(values)
@@ -111,7 +111,7 @@ def all_sum(values, device):
 
 
 def broadcast(value):
-    """Returns rank 0's value on every rank: what lies on disk may change between two looks."""
+    """Returns rank 0's value on every rank, as two reads of the disk may differ."""
     values = [value]
     if dist.is_initialized():
         dist.broadcast_object_list(values)
@@ -122,21 +122,21 @@ def broadcast(value):
 
 
 def run_script(name, *arguments):
-    """Runs another of the project's scripts, which ends with this one; returns its exit code."""
+    """Runs another of the project's scripts as a child process; returns its exit code."""
     script = Path(__file__).parent.parent / name
     command = [sys.executable, str(script), *map(str, arguments)]
     print("\nrunning: python", name, *arguments, flush=True)
     return subprocess.run(command, env={**os.environ, PARENT: str(os.getpid())}).returncode
 
 
-def end_with_parent():
-    """Ends this script with the one that started it by `run_script`, if any did."""
+def exit_with_parent():
+    """Makes this script exit when the one that started it by `run_script` does."""
     if PARENT in os.environ:
-        end_with(int(os.environ[PARENT]))
+        exit_with(int(os.environ[PARENT]))
 
 
-def end_with(parent):
-    """Ends this process within half a second of `parent`, which cannot when it is killed itself."""
+def exit_with(parent):
+    """Exits when the parent dies: a parent that is killed cannot stop its children."""
     def watch():
         while os.getppid() == parent:
             time.sleep(0.5)
@@ -147,9 +147,9 @@ def end_with(parent):
 
 @contextlib.contextmanager
 def workers():
-    """Yields a pool with a process a core. A killed one is an error, not a hang."""
+    """Yields a pool with a process a core. A killed worker raises an error."""
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    # SLURM may lend a job few of the machine's cores; macOS does not tell.
+    # SLURM may give a job only some of the cores; macOS has no such call.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     pool = ProcessPoolExecutor(cores, context, start_worker, (os.getpid(),))
     try:
@@ -159,8 +159,8 @@ def workers():
 
 
 def start_worker(parent):
-    """Starts a worker of the pool; it ends when its parent does, and ignores Ctrl-C."""
-    end_with(parent)
+    """Sets up a worker of the pool: it exits with its parent, and ignores Ctrl-C."""
+    exit_with(parent)
     ignore_interrupts()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)  # the workers share the cores already
@@ -170,13 +170,13 @@ def start_worker(parent):
 
 
 def ignore_interrupts(*_):
-    """Leaves Ctrl-C, which reaches all processes of a terminal, to the parent."""
+    """Ignores Ctrl-C, which reaches all processes of a terminal: the parent handles it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @contextlib.contextmanager
-def noted_signals():
-    """Yields a list that collects SIGINT and SIGTERM, which end nothing meanwhile."""
+def deferred_signals():
+    """Yields a list that collects SIGINT and SIGTERM; the caller decides when to stop."""
     received = []
     usual = {number: signal.signal(number, lambda number, _: received.append(number))
              for number in (signal.SIGINT, signal.SIGTERM)}

@@ -6,7 +6,7 @@ import statistics
 
 import torch
 
-from plumbing.files import written_whole
+from plumbing.files import atomic_write
 
 # Okabe and Ito's colours, which all eyes can tell apart, with a marker and a line each.
 COLORS = ("#000000", "#E69F00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
@@ -123,7 +123,7 @@ def print_table(header, rows):
 def write_csv(path, header, rows):
     """Writes a CSV, floats with six digits, and prints its name."""
     rows = ([f"{v:.6g}" if isinstance(v, float) else v for v in row] for row in rows)
-    with written_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         with open(temporary, "w", newline="", encoding="utf-8") as out:
             csv.writer(out).writerows([header, *rows])
     print(path)
@@ -142,7 +142,7 @@ def blank_figure(width, height, rows=1, columns=1, **options):
 
 def save_figure(figure, path, dpi=150):
     """Writes a figure as a PNG, whole or not at all, and prints its name."""
-    with written_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=dpi)
     print(path)
 

@@ -234,6 +234,11 @@ def load_tokenizer(path, llm=None, chat=None):
         elif (folder / "tokenizer.model").exists():
             kind = PreTrainedTokenizerFast
         tokenizer = kind.from_pretrained(folder, add_bos_token=False)
+
+        # Phi-3's tokenizer.model puts a blank before a text that begins with a word. Questions do,
+        # but they stand after the prefix, where the original code writes none.
+        if kind is PreTrainedTokenizerFast:
+            tokenizer.backend_tokenizer.pre_tokenizer = None
         if llm is None:
             return tokenizer
 
@@ -248,7 +253,7 @@ def check_chat(tokenizer, llm, name):
     """Raises BadInput if a tokenizer cannot write the chat of this name, or not for this LLM."""
     # The chat's marks are tokens, each of them one.
     chat, vocabulary = CHATS[name], tokenizer.get_vocab()
-    written = chat["before"] + "".join(chat["image"]) + chat["turn"] + chat["end"]
+    written = chat["before"] + "".join(chat["image"]) + chat["generation_prompt"] + chat["end"]
     marks = sorted(set(re.findall(r"<[^<>\s]+>", written)))
     missing = [mark for mark in marks if tokenizer(mark).input_ids != [vocabulary.get(mark)]]
     if missing or tokenizer.pad_token_id is None:
@@ -267,7 +272,7 @@ def check_chat(tokenizer, llm, name):
     if name == "internvl":
         theirs = tokenizer.chat_template and tokenizer.apply_chat_template(
             [{"role": "user", "content": "A"}], tokenize=False, add_generation_prompt=True)
-        if theirs != chat["before"] + "A" + chat["turn"]:
+        if theirs != chat["before"] + "A" + chat["generation_prompt"]:
             raise BadInput(f"its chat template is not InternVL3's: it writes {theirs!r:.200}")
 
 
@@ -277,60 +282,23 @@ def check_chat(tokenizer, llm, name):
 def load_audio_encoder(path):
     """Returns (encoder, feature extractor) of a Whisper of any size; its decoder is left out.
 
-    Names are taken as in WhisperForConditionalGeneration (model.encoder.conv1.weight), WhisperModel
-    (encoder.conv1.weight) and WhisperEncoder (conv1.weight), also with PEFT's before them. Raises
-    BadInput if the folder has no encoder under such names, or none in safetensors. A run that
-    trained an encoder is such a folder, too.
+    A folder may hold WhisperForConditionalGeneration, WhisperModel or WhisperEncoder, also within
+    PEFT's classes; a run that trained an encoder is such a folder, too. Raises BadInput if it has
+    no encoder under such names, or none in safetensors.
     """
-    encoder, extractor = empty_audio_encoder(path)
     folder = fetch(path)
-    if not list(folder.glob("model*.safetensors")):
-        raise BadInput(f"{folder}: no model.safetensors. A pytorch_model.bin, a pickle, is not "
-                       "read; to convert it: python -c \"from transformers import WhisperModel as "
-                       f"W; W.from_pretrained('{path}').save_pretrained('{path}')\"")
-
-    # What stands before the first convolution's name stands before all of the encoder's.
-    tensors = dict(stored_tensors(folder))
-    first = next((name for name in tensors if name.endswith("conv1.weight")), "")
-    start = first.removesuffix("conv1.weight")
-    state = {name.removeprefix(start): tensor for name, tensor in tensors.items()
-             if name.startswith(start)}
-
-    wrong = sorted(encoder.state_dict().keys() ^ state.keys())
-    if wrong:
-        found = sorted({".".join(name.split(".")[:2]) for name in tensors})
-        raise BadInput(f"{folder}/model*.safetensors: not Whisper's encoder as transformers names "
-                       f"it: {start}{wrong[0]} and {len(wrong) - 1} more are missing or unknown; "
-                       f"its names begin with {', '.join(found[:6])}")
-    with at(f"{folder}/model*.safetensors"):
-        encoder.load_state_dict(state)
-    return encoder, extractor
+    with at(f"{folder}: not a Whisper's encoder as transformers saves it in safetensors"):
+        encoder, info = WhisperEncoder.from_pretrained(
+            folder, key_mapping={r"^.*encoder\.": ""}, dtype=torch.float32, use_safetensors=True,
+            output_loading_info=True)
+        lacking = sorted({*info["missing_keys"], *info["mismatched_keys"]}, key=str)
+        if lacking:
+            raise BadInput(f"{lacking[0]} and {len(lacking) - 1} more are missing or do not fit")
+    return encoder, WhisperFeatureExtractor(feature_size=encoder.config.num_mel_bins)
 
 
 def empty_audio_encoder(path):
-    """Returns (encoder, feature extractor) as a folder's config.json says, without weights."""
-    folder = fetch(path)
-    if (folder / "adapter_config.json").exists():
-        raise BadInput(f"{folder}: an adapter (LoRA) is not read: name the folder of the model "
-                       "that it is merged into (PEFT's merge_and_unload, then save_pretrained)")
-    config = read_json(folder / "config.json")
-    with at(folder / "config.json"), no_init_weights():
-        if config["model_type"] != "whisper":
-            raise BadInput("not a Whisper")
-        encoder = WhisperEncoder(WhisperConfig.from_pretrained(folder))
-
-    # All Whispers have the same front end, but for the number of mel bins. A folder that tells of
-    # it must say the same.
-    extractor = WhisperFeatureExtractor(feature_size=encoder.config.num_mel_bins)
-    path = folder / "preprocessor_config.json"
-    if not path.exists():
-        path = folder / "processor_config.json"  # transformers 5's WhisperProcessor has it in there
-    if path.exists():
-        with at(path):
-            stored = read_json(path)
-            stored = stored.get("feature_extractor", stored)
-            for key in ("feature_size", "sampling_rate", "hop_length", "n_fft"):
-                if stored[key] != getattr(extractor, key):
-                    raise BadInput(f"not Whisper's: {key} is {stored[key]}, not "
-                                   f"{getattr(extractor, key)}")
-    return encoder, extractor
+    """Returns (encoder, feature extractor) as a run's config.json says, without weights."""
+    with at(path), no_init_weights():
+        encoder = WhisperEncoder(WhisperConfig.from_pretrained(path))
+    return encoder, WhisperFeatureExtractor(feature_size=encoder.config.num_mel_bins)

@@ -1,4 +1,4 @@
-"""Public data brought to the one format on disk: LLaVA's questions spoken, and ASR corpora.
+"""Converts public data to prepared folders: LLaVA's questions with speech, and ASR corpora.
 
     python data.py llava --annotations llava_v1_5_mix665k.json --images DIR --n 50000 --out DIR
     python data.py librispeech --root DIR --split train-clean-360 --out DIR
@@ -6,9 +6,9 @@
     python data.py manifest --manifest cuts.jsonl --root DIR --out DIR    # GigaSpeech, your own
 
 The paper aligns on 988,000 clips of LibriSpeech, Common Voice, GigaSpeech and Libriheavy. It trains
-on 50,000 samples of LLaVA-1.5's instruction mix, their questions spoken by TTS. Each source is a
-list of tasks, the same for the same arguments. Each task ends as a line of samples.jsonl, or as one
-of skipped.jsonl, which says why. An interrupted command goes on where it stopped.
+on 50,000 samples of LLaVA-1.5's instruction mix, their questions spoken by TTS. Each source
+is a list of tasks that depends on the arguments alone. Each task becomes a line of samples.jsonl,
+or of skipped.jsonl with the reason. An interrupted command resumes.
 """
 
 import csv
@@ -23,17 +23,17 @@ from tempfile import TemporaryDirectory
 import soundfile
 import torchaudio
 
-from plumbing.files import BadInput, at, at_least, json_lines, only_writer, read_json, table_rows
+from plumbing.files import BadInput, at, folder_lock, in_range, json_lines, read_json, table_rows
 from plumbing.media import SAMPLE_RATE, link, load_audio, load_image, save_sound
 from plumbing.prepared import attempt, check_inside, in_parallel, pick, prepare, write
 from real import speech
 
-# Format suffixes of LLaVA's mix are lines that tell how to write the answer: see --suffix.
+# Format suffixes of LLaVA's mix are lines that say how to write the answer: see --suffix.
 SUFFIX = re.compile(r"(?im)^\s*(answer the question using a single word or phrase"
                     r"|answer with the option's letter from the given choices directly).*$")
-# Help for reading is dropped in any case, for teacher and student: nobody would say it aloud.
+# OCR tokens and hints are always dropped, for teacher and student: they are not spoken language.
 NOT_ASKED = re.compile(r"(?im)^\s*(reference ocr token:|hint:).*$")
-# A box in the picture: told, as [0.12, 0.3 or as four numbers, and asked for.
+# Bounding boxes: given as [0.12, 0.3 or as four numbers, or asked for.
 COORDINATES = re.compile(r"\[\s*([01]\.\d|\d+(\s*,\s*[\d.]+){3})")
 ASKS_COORDINATES = re.compile(r"(?i)\bbounding box|\bcoordinates?\b")
 
@@ -63,9 +63,9 @@ def llava_task(row, images, suffix="spoken"):
     if not question or not answer:
         raise BadInput("the question or the answer is empty")
     if COORDINATES.search(question):
-        raise BadInput("the question has coordinates, which nobody would say aloud")
+        raise BadInput("the question has coordinates, which are not spoken language")
     if ASKS_COORDINATES.search(question) or COORDINATES.search(answer):
-        raise BadInput("the answer is coordinates, which nobody would say aloud")
+        raise BadInput("the answer is coordinates, which are not spoken language")
 
     # The suffix is a line of its own, as in InternVL2's prompts for the benchmarks.
     line = {"question": question, "answer": answer}
@@ -81,7 +81,7 @@ def llava_task(row, images, suffix="spoken"):
 
 def take_llava(name, line, image, folder):
     """Completes a line; its picture is linked or copied."""
-    with at("the picture is broken"):  # this shows now, not in the middle of training
+    with at("the picture is broken"):  # found here, not in the middle of training
         load_image(image)
     path = folder / "images" / f"{name}{image.suffix.lower()}"
     if not path.exists():
@@ -113,22 +113,16 @@ def make_llava(args):
 # ---- ASR corpora ---------------------------------------------------------------------------------
 # Each function yields tasks (id, recording, transcript), and perhaps start and length in seconds.
 
-# A manifest's columns as we, NeMo, Hugging Face and others call them. Further ones are ignored, but
-# not such as may say which part of a recording is meant.
-COLUMNS = {"audio": "audio(_filepath|_path)?|path|file(_name)?|wav", "id": "id",
-           "text": "text|sentence|transcript(ion)?", "start": "start(_time)?|offset|begin",
-           "end": "end(_time)?|stop", "seconds": "seconds|duration",
-           "part": ".*(start|begin|offset|durat|channel|frames|samples|segment|speed|tempo"
-                   "|(?<![a-z])((end|stop|dur|time|sec|len)|(ms|from|to)(?![a-z]))).*"}
+COLUMNS = {"id", "audio", "text", "start", "seconds"}  # of a manifest: these and no others
 
 TAGS = re.compile(r"(?i)<(comma|period|questionmark|exclamationpoint)>")  # GigaSpeech's punctuation
 
 
 def plain_transcript(text):
-    """Returns a transcript in the one style of all corpora: "it's seven o'clock".
+    """Returns a transcript in a common style: "it's seven o'clock".
 
-    Lower case, number words as words, no punctuation but apostrophes. Raises BadInput for what is
-    more than punctuation: a tag such as <MUSIC> or [laughter], or a sign that somebody has spoken.
+    Lower case, no punctuation but apostrophes. Raises BadInput for a tag such as <MUSIC> or
+    [laughter], and for signs that are spoken, such as %.
     """
     text = speech.APOSTROPHES.sub("'", TAGS.sub(" ", text)).lower()
     text = re.sub(r"(?<!\w)'(.+?)'(?!\w)", r"\1", text)  # 'go away'
@@ -145,16 +139,16 @@ def plain_transcript(text):
 
 
 def librispeech_tasks(args):
-    """Yields LibriSpeech. torchaudio downloads and unpacks a split beside its place, if need be."""
+    """Yields LibriSpeech. torchaudio downloads and unpacks a missing split."""
     split, archive = Path(args.root, "LibriSpeech", args.split), f"{args.split}.tar.gz"
     place = split.with_name(f".{split.name}")
     if not split.exists():
         with (at(f"LibriSpeech {args.split} is not under {args.root}, and there is no download"),
-              only_writer(place, patience=24 * 3600),
+              folder_lock(place, patience=24 * 3600),
               TemporaryDirectory(dir=place, prefix=".", suffix=".tmp") as beside):
             if Path(args.root, archive).exists():
                 Path(beside, archive).symlink_to(Path(args.root, archive).resolve())
-            if not split.exists():  # no other process has made it meanwhile
+            if not split.exists():  # another process may have made it
                 torchaudio.datasets.LIBRISPEECH(beside, url=args.split, download=True)
                 os.replace(Path(beside, "LibriSpeech", args.split), split)
 
@@ -187,21 +181,16 @@ def manifest_tasks(args):
 
 
 def our_row(row):
-    """Returns a manifest's row with our names for its columns."""
-    known = {}
-    for column, cell in row.items():
-        theirs = column.strip().lower()
-        name = next((ours for ours, usual in COLUMNS.items() if re.fullmatch(usual, theirs)), None)
-        if name is None or cell in ("", None) and name not in ("audio", "text"):
-            continue
-        if name == "part" or name in known:
-            raise BadInput(f"the column {column!r} is not known, or another says the same")
-        known[name] = cell if name in ("id", "audio", "text") else float(str(cell))
-    if "end" in known:
-        seconds = known["end"] - known.get("start", 0)
-        if abs(known.setdefault("seconds", seconds) - seconds) > 0.1:
-            raise BadInput("start, end and seconds do not agree")
-    return known
+    """Returns a manifest's row, its start and seconds as numbers. Empty cells are left out.
+
+    A further column is refused: it may say which part of a recording is meant.
+    """
+    row = {key: cell for key, cell in row.items()
+           if key in ("audio", "text") or cell not in ("", None)}
+    if row.keys() - COLUMNS:
+        raise BadInput(f"unknown columns {sorted(row.keys() - COLUMNS)}; a manifest has audio and "
+                       "text, and perhaps id, start and seconds")
+    return row | {key: float(str(row[key])) for key in ("start", "seconds") if key in row}
 
 
 def cut_row(cut):
@@ -226,12 +215,12 @@ def read_table(path):
     """Yields ("file:line", row) of a .jsonl, or of a .tsv with a header; either may be a .gz."""
     if Path(path).name.removesuffix(".gz").endswith((".jsonl", ".json")):
         return json_lines(path)
-    # A byte that is no UTF-8 spoils a row, not the table.
+    # An invalid UTF-8 byte spoils its row, not the table.
     return table_rows(path, errors="replace", quoting=csv.QUOTE_NONE)
 
 
 def take_clip(name, recording, transcript, *stretch, folder):
-    """Brings a recording to 16 kHz FLAC and returns its line. stretch: start, seconds"""
+    """Converts a recording to 16 kHz FLAC and returns its line. stretch: start, seconds"""
     if isinstance(transcript, BadInput):
         raise transcript
     with at("the transcript"):
@@ -244,7 +233,7 @@ def take_clip(name, recording, transcript, *stretch, folder):
                 raise BadInput("it is silent")
             kind = file.format, file.subtype, file.samplerate, file.channels, any(stretch)
             if kind == ("FLAC", "PCM_16", SAMPLE_RATE, 1, False):
-                link(recording, path)  # LibriSpeech's are as ours
+                link(recording, path)  # already in our format, as LibriSpeech is
             else:
                 save_sound(path, wave)
     return {"id": name, "audio": f"audio/{name}.flac", "answer": answer}
@@ -253,7 +242,7 @@ def take_clip(name, recording, transcript, *stretch, folder):
 def make_asr(args):
     """Makes the folder of a corpus: args.tasks yields its recordings and transcripts."""
     tasks, folder = pick(list(args.tasks(args)), args.n, args.seed), Path(args.out)
-    # Some disks do not tell "A" from "a".
+    # Some file systems ignore case.
     files = Counter(unicodedata.normalize("NFC", name).casefold() for name, *_ in tasks)
     if len(files) < len(tasks):
         source = getattr(args, "tsv", None) or getattr(args, "manifest", None) or args.root
@@ -270,8 +259,8 @@ def add_commands(commands):
     def command(name, help, make, tasks=None):
         sub = commands.add_parser(name, help=help)
         sub.add_argument("--out", required=True, help="the prepared folder")
-        sub.add_argument("--n", type=at_least(1), help="take so many, drawn by --seed; or all")
-        sub.add_argument("--seed", type=at_least(0, 2**32), default=0, help="of draw and voices")
+        sub.add_argument("--n", type=in_range(1), help="take so many, drawn by --seed; or all")
+        sub.add_argument("--seed", type=in_range(0, 2**32), default=0, help="of draw and voices")
         sub.set_defaults(run=lambda args: prepare(args, make), tasks=tasks)
         return sub.add_argument
 

@@ -1,4 +1,4 @@
-"""Questions spoken: by espeak-ng, or by an MMS voice (VITS), which says words but no numbers.
+"""Text to speech by espeak-ng, or by an MMS voice (VITS), which needs numbers in words.
 
 There is nothing to run here: `data.py llava`, `mmalign.py build` and `eval.py --bench` speak by
 these functions.
@@ -15,18 +15,18 @@ from plumbing.files import BadInput, at
 from plumbing.media import VOICES, resample, save_sound, save_speech
 from plumbing.prepared import attempt, in_parallel
 from plumbing.processes import default_device
-from plumbing.runs import fetch
+from plumbing.runs import fetch, read_run_info
 
 MMS_VOICE = "facebook/mms-tts-eng"
 LONGEST_QUESTION = 400  # characters; saying more would take longer than Whisper's 30 s
 
-# What a voice passes over in silence, without a loss.
+# Punctuation that may be dropped before speaking.
 SILENT = re.compile(r"[.,;:?!\"()\[\]{}…“”«»‘–—]")
 APOSTROPHES = re.compile("[’‘‛ʼ`´′＇]")
-# What espeak-ng passes over, reads as "chinese letter", or in pieces: 10 000 as ten zero zero zero.
+# What espeak-ng skips or misreads: "chinese letter", or 10 000 as ten zero zero zero.
 UNREAD = re.compile(r"[^\s!-;=?-\]`a-~\u00a1-\u024f\u0300-\u03ff\u1e00-\u1eff\u2000-\u206f\u20ac"
                     r"→−√∞≤≥≠™\ufeff]|[|¦·¨†‡‰″•]|\d+\s*–\s*\d+|\d+\s\d{3}(?!\d)")
-# A number that can be spelled: sign, amount, its whole part, and the plural of 1990s.
+# A number that the normalizer can read: sign, amount, whole part, and the plural of 1990s.
 NUMBER = re.compile(r"(?<![\w.])(-?)([$€£¥]?(\d{1,15})(?:\.\d+)?%?)((?<=0)'?s)?(?!\w|\.\d|%)")
 
 
@@ -34,6 +34,19 @@ def add_voice_arguments(add, default):
     """Adds --tts and --voice. default: of --tts; None leaves both to the caller."""
     add("--tts", choices=("mms", "espeak"), default=default, help="who speaks")
     add("--voice", default=default and MMS_VOICE, help="folder or hub id of the MMS voice")
+
+
+def take_from_run(args, **usual):
+    """Fills in args as args.run was trained, or else as usual, and drops args.run.
+
+    usual: {name: value if neither the command nor the run tells it}; returns the run's settings
+    """
+    info = read_run_info(args.run) if args.run else {}
+    settings = info.get("settings") or {}  # an LVLM's folder has none
+    for key, value in usual.items():
+        setattr(args, key, getattr(args, key) or settings.get(key) or value)
+    del args.run
+    return settings
 
 
 def speak_all(lines, folder, args, voices=VOICES):
@@ -46,7 +59,7 @@ def speak_all(lines, folder, args, voices=VOICES):
 
 
 def spoken_text(line):
-    """Returns what of a line's question is spoken: all but what follows in writing."""
+    """Returns the spoken part of a line's question: all but the text that follows the speech."""
     return line["question"].removesuffix(line.get("after", ""))
 
 
@@ -68,14 +81,14 @@ def speak_espeak(name, line, folder, seed, voices):
 def in_words(text):
     """Returns a text as an English MMS voice can say it, its numbers in words.
 
-    Such a voice has a sound for letters, apostrophes and hyphens, and drops all else without a
-    word. Raises BadInput for a text with more than punctuation beside them.
+    Its tokenizer keeps letters, apostrophes and hyphens and silently drops the rest. Raises
+    BadInput if that would drop more than punctuation.
     """
     from transformers.models.speecht5.number_normalizer import EnglishNumberNormalizer
     convert = EnglishNumberNormalizer().convert
 
     def spell(match):
-        """Writes one number in words. The normaliser says nothing for zeros at the front."""
+        """Writes one number in words. The normalizer ignores leading zeros."""
         sign, amount, whole, plural = match.groups()
         zeros = len(whole) - len(whole.lstrip("0"))
         words = "minus " * bool(sign) + "zero " * zeros + convert(amount)
@@ -100,8 +113,8 @@ def in_words(text):
 def speak_mms(lines, folder, seed, path=MMS_VOICE, batch_size=16):
     """Yields the lines, their questions spoken by MMS-TTS (VITS), on a GPU if there is one.
 
-    VITS draws noise. So each batch has a seed of its own, and is spoken anew as a whole if any of
-    it is missing: an interrupted folder ends like an undisturbed one.
+    VITS samples noise. So each batch has its own seed, and is spoken again as a whole if a file
+    of it is missing: an interrupted folder ends with the same bytes.
     """
     from transformers import VitsModel, VitsTokenizer  # takes seconds; only this voice needs it
 
@@ -110,7 +123,7 @@ def speak_mms(lines, folder, seed, path=MMS_VOICE, batch_size=16):
         vits = VitsModel.from_pretrained(voice, use_safetensors=True).eval().to(device)
         tokenizer = VitsTokenizer.from_pretrained(voice)
 
-    # What the voice would say in part only is left out.
+    # Questions that the voice could say only in part are left out.
     speakable, texts = [], {}
     for line in lines:
         try:

@@ -1,7 +1,7 @@
-"""What an answer in the built-in world is worth: right, of the asked kind, in whose words.
+"""Scores of the built-in world's answers: correctness, answer type, style.
 
-There is nothing to run here; eval.py scores by it. `python -m pytest tests/test_eval.py` tries what
-might fool it.
+There is nothing to run here; eval.py uses it. `python -m pytest tests/test_eval.py` tries answers
+that might fool it.
 """
 
 import re
@@ -17,7 +17,7 @@ OBJECT = re.compile(rf"\b({'|'.join(shapes.COLORS)}) ({'|'.join(shapes.SHAPES)})
 
 
 def score_answer(sample, answer):
-    """Returns how right an answer to a built-in question is, from 0 to 1."""
+    """Returns the score of an answer to a built-in question, from 0 to 1."""
     kind, label = sample["kind"], sample["label"]
     answer = answer.lower().replace(sample["question"], " ")  # an echo answers nothing
     if kind in shapes.CLASSES:
@@ -31,10 +31,10 @@ def score_answer(sample, answer):
     return 2 * len(set(named) & set(true)) / (len(named) + len(true))
 
 
-def is_of_the_kind(sample, answer):
+def has_answer_type(sample, answer):
     """Tells whether an answer has a word of the class that its question asks for.
 
-    After alignment many have none: the model has not learnt that speech asks.
+    After alignment many have none: the model repeats or describes instead of answering.
     """
     kind = sample["kind"]
     if kind not in shapes.CLASSES:
@@ -42,7 +42,7 @@ def is_of_the_kind(sample, answer):
     return bool(re.search(rf"\b(?:{'|'.join(shapes.CLASSES[kind])})\b", answer))
 
 
-def is_in_the_bases_words(sample, answer):
+def is_in_base_style(sample, answer):
     """Tells whether an answer is worded as the base words its own (world/shapes.py)."""
     kind, thing = sample["kind"], rf"a {OBJECT.pattern}"
     told = "|".join(shapes.CLASSES.get(kind, [rf"{thing}(?: and {thing})*"]))
@@ -53,7 +53,7 @@ def is_in_the_bases_words(sample, answer):
     return False
 
 
-def names_what_is_there(sample, answer):
+def names_scene_content(sample, answer):
     """Tells whether an answer names a colour or shape of the picture that its question does not.
 
     Wrong answers to speech still do, the paper finds (section 2.2).
@@ -66,30 +66,30 @@ def names_what_is_there(sample, answer):
 # ---- all answers of a run ------------------------------------------------------------------------
 
 
-def manners(rows, form):
-    """Returns how many answers are of the asked kind, and how many in the base's words."""
+def style_rates(rows, form):
+    """Returns the percentages of answers of the asked type, and in the base's style."""
     rows = [row for row in rows if row["kind"] in shapes.KINDS]
     if not rows:
         return {}
-    of_kind = [is_of_the_kind(row, row[form]) for row in rows]
-    in_words = [is_in_the_bases_words(row, row[form]) for row in rows]
-    return {"of the asked kind": 100 * statistics.fmean(of_kind),
-            "in the base's words": 100 * statistics.fmean(in_words)}
+    of_kind = [has_answer_type(row, row[form]) for row in rows]
+    in_words = [is_in_base_style(row, row[form]) for row in rows]
+    return {"of the asked type": 100 * statistics.fmean(of_kind),
+            "in the base's style": 100 * statistics.fmean(in_words)}
 
 
 def transcripts(rows):
-    """Returns how many questions are transcribed word for word, heard in training and never."""
+    """Returns the percentage of exact transcripts, of seen and of unseen sentences."""
     values = {}
-    for name, wanted in (("heard", True), ("never heard", False)):
+    for name, wanted in (("seen", True), ("unseen", False)):
         exact = [row["transcript"] == row["question"] for row in rows
-                 if row.get("heard", True) == wanted]
+                 if row.get("seen", True) == wanted]
         if exact:
             values[f"transcripts exact, {name}"] = 100 * statistics.fmean(exact)
     return values
 
 
-def paper_remarks(rows, form, score_row):
-    """Returns two remarks of the paper: how often it says "yes", and what errors still name."""
+def answer_biases(rows, form, score_row):
+    """Returns two biases that the paper reports: "yes" answers, and errors that name the scene."""
     values = {}
     existence = [row for row in rows if row["kind"] == "existence"]
     if existence:
@@ -98,6 +98,6 @@ def paper_remarks(rows, form, score_row):
     drawn = [row for row in rows if row["kind"] in shapes.KINDS and "scene" in row]
     wrong = [row for row in drawn if not score_row(row, row[form])]
     if wrong:
-        named = [names_what_is_there(row, row[form]) for row in wrong]
+        named = [names_scene_content(row, row[form]) for row in wrong]
         values["wrong, names what is there"] = 100 * statistics.fmean(named)
     return values

@@ -1,14 +1,14 @@
-"""How the built-in base learns in minutes: lists first, shared rows, spread positions.
+"""Curriculum, packing and randomized positions: the built-in base is trained in minutes.
 
-The method needs none of this: real LVLMs come trained. Only the stage vision-text of the built-in
-world uses it, by `lessons` in train.py.
+The method needs none of this, as real LVLMs are pretrained. Only the stage vision-text of the
+built-in world uses it, by `lessons` in train.py.
 
-    lists first       in phase 0 the base only lists what it sees; questions come in phase 1
-    shared rows       the questions about one picture share a row of the batch: the picture is read
-                      once, and the attention mask keeps the questions from seeing each other
-    spread positions  most questions get positions as far apart as those of speech
+    curriculum            phase 0 has only lists of what the picture shows; questions are phase 1
+    packing               the questions about one picture share a row of the batch: the picture is
+                          encoded once, and the attention mask separates the questions
+    randomized positions  most questions get positions as far apart as those of speech
 
-There is nothing to run here. `python -m pytest tests/test_model.py -k share_a_row` compares shared
+There is nothing to run here. `python -m pytest tests/test_model.py -k share_a_row` compares packed
 rows with separate ones. Letters in shape comments: n samples, B rows, S tokens of a row.
 """
 
@@ -24,16 +24,16 @@ from real.families import CHATS
 
 
 def lessons(rows, collate, seed):
-    """Returns the order in which the base learns, and a collate that shares rows.
+    """Returns the order of the samples (a curriculum), and a collate that packs them.
 
     rows     lines of samples.jsonl; "group" names the picture, "phase" is 0 or 1
     collate  data.collate with its options, by functools.partial
     The order is a list of lists of row numbers: a list holds all that is asked about one picture.
     """
-    return order_lessons(rows, seed), functools.partial(collate_shared, collate=collate, seed=seed)
+    return curriculum(rows, seed), functools.partial(collate_packed, collate=collate, seed=seed)
 
 
-def order_lessons(rows, seed):
+def curriculum(rows, seed):
     """Returns the groups of row numbers: phase 0 before phase 1, in each shuffled by the seed."""
     groups = {}
     for i, row in enumerate(rows):
@@ -47,11 +47,12 @@ def order_lessons(rows, seed):
     return [groups[key] for key in keys]
 
 
-def collate_shared(samples, collate, seed):
-    """Makes a batch as `data.collate` does; neighbours of one group share a row.
+def collate_packed(samples, collate, seed):
+    """Makes a batch as `data.collate` does, but packs neighbours of one group into a row.
 
     Returns its batch with B rows for n samples. Its "text" also has "positions" and, where rows are
-    shared, "part": the number of the sample that a token belongs to, -1 for padding; (B, S) each.
+    packed, "document_ids": the number of the sample that a token belongs to, -1 for padding;
+    (B, S) each.
     """
     # The first question of each row brings the picture.
     groups = itertools.groupby(range(len(samples)), lambda i: samples[i].get("group", i))
@@ -64,15 +65,15 @@ def collate_shared(samples, collate, seed):
             sample.pop("pixels", None)
         alone.append(sample)
 
-    # The rows of one sample each, without their padding, and what stands in each.
+    # One row per sample first. Their tokens, without padding, are packed below.
     batch, tokenizer = collate(alone), collate.keywords["tokenizer"]
     query = batch["text"]
     lengths = query["mask"].sum(1).tolist()
-    n_turn = len(tokenizer(CHATS["Hermes-2"]["turn"]).input_ids)
+    n_turn = len(tokenizer(CHATS["Hermes-2"]["generation_prompt"]).input_ids)
     positions, parts = [], []
     for i, sample in enumerate(samples):
         n_answer = int((query["labels"][i] >= 0).sum())
-        positions.append(spread_positions(sample, lengths[i] - n_answer - n_turn, lengths[i], seed))
+        positions.append(random_positions(sample, lengths[i] - n_answer - n_turn, lengths[i], seed))
         parts.append(torch.full((lengths[i],), i))
 
     def join(values, fill):
@@ -87,17 +88,17 @@ def collate_shared(samples, collate, seed):
                      "mask": join(query["mask"], False), "labels": join(query["labels"], -100),
                      "positions": join(positions, 0)}
     if len(rows) < len(samples):
-        batch["text"]["part"] = join(parts, -1)
+        batch["text"]["document_ids"] = join(parts, -1)
     return batch
 
 
-def spread_positions(sample, n_question, n_all, seed, most=4, share=0.6):
-    """Returns the positions (n_all,) of a question, the turn and the answer.
+def random_positions(sample, n_question, n_all, seed, most=4, share=0.6):
+    """Returns the positions (n_all,) of a question, the generation prompt and the answer.
 
-    Speech takes two to four tokens a word. A tiny LLM that has met short questions alone fails on
-    long ones for that reason. So a share of the written questions is spread over up to `most` times
-    their length, in order, and the rest follows close behind (in the manner of Ruoss et al., ACL
-    2023). Real LLMs have met long questions.
+    A tiny LLM that is trained on short questions alone fails at the positions of speech, which
+    takes two to four tokens a word. So a share of the written questions gets randomized positions
+    over up to `most` times their length, in order (Ruoss et al., ACL 2023); what follows the
+    question is contiguous. Real LLMs are trained on long questions.
     """
     rng = random.Random(f"{seed}/{sample['id']}")
     if rng.random() >= share:

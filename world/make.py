@@ -1,15 +1,15 @@
 """The built-in world on disk: every picture drawn, every question spoken, as four prepared folders.
 
     python data.py shapes --seed 0                     # to runs/shapes/data-s0, in a minute
-    python data.py shapes --seed 0 --other-hand 0      # all training answers by the base's writer
+    python data.py shapes --seed 0 --paraphrase 0      # all training answers in the base's style
 
 | part         | a sample                                                                |
 | vision-text  | a picture and a written question, or a written sentence to repeat       |
 | audio-text   | a spoken sentence and its transcript                                    |
 | vision-audio | a picture and a question, written and spoken; half of the answers are   |
-|              | in another writer's words                                               |
+|              | paraphrases                                                             |
 | test         | the same with held-out pictures and voices; half of the questions are   |
-|              | sentences that training never speaks ("heard" is false)                 |
+|              | sentences that training never speaks ("seen" is false)                 |
 
 shapes.py draws and asks. Each sample has a random number generator of its own, so that any of them
 can be made anew, in any order, by any process.
@@ -20,7 +20,7 @@ import itertools
 import random
 from pathlib import Path
 
-from plumbing.files import BadInput, at_least, write_json_lines
+from plumbing.files import BadInput, in_range, write_json_lines
 from plumbing.media import HELD_OUT_VOICES, VOICES, save_png, save_speech
 from plumbing.prepared import in_parallel, make_once
 from plumbing.processes import run_script
@@ -43,7 +43,7 @@ def make_scene(i, folder, seed):
     rng = random.Random(f"{seed}/vision-text/{i}")
     line = {"group": i, "phase": 1}
 
-    # One in eight is text alone, to be repeated: the LLM learns to copy; alignment builds on that.
+    # One in eight is text to be repeated: alignment needs an LLM that can copy.
     if i % 8 == 7:
         sentences = [shapes.draw_sentence(rng) for _ in range(SCENE_QUESTIONS)]
         return [{"id": f"{i:06}-{j}", **line, "question": f"{sentence} {shapes.INSTRUCTION}",
@@ -53,7 +53,7 @@ def make_scene(i, folder, seed):
     save_png(folder / f"images/{i:06}.png", shapes.render(rng, scene))
     line["image"] = f"images/{i:06}.png"
 
-    # First learn to see (phase 0): a base that is asked before it can takes far longer.
+    # Lists come first (phase 0): without this curriculum training takes far longer.
     kinds = ("description", *shapes.LIST_KINDS) if i < LISTED else ()
     lists = [shapes.draw_question(rng, scene, (kind,)) for kind in kinds]
     lists = [{**question, "phase": 0} for question in lists if question]
@@ -71,28 +71,28 @@ def make_clip(i, folder, seed):
     return [{"id": f"{i:06}", **speech, "answer": sentence}]
 
 
-def make_pair(i, folder, seed, kinds, noise=0.0, other_hand=0.0, held_out=False, heard=True):
+def make_pair(i, folder, seed, kinds, noise=0.0, paraphrase=0.0, held_out=False, seen=True):
     """Makes one picture and one question about it, written and spoken (vision-audio, test).
 
-    held_out: the picture and the voice are; heard: training may speak the question's sentence
+    held_out: the picture and the voice are; seen: training may speak the question's sentence
     """
     rng = random.Random(f"{seed}/{folder.name}/{i}")
     sample = None
-    while sample is None or shapes.is_held_out(sample["question"]) == heard:
+    while sample is None or shapes.is_held_out(sample["question"]) == seen:
         scene = shapes.draw_scene(rng, held_out)
-        sample = shapes.draw_question(rng, scene, kinds, noise, other_hand)
+        sample = shapes.draw_question(rng, scene, kinds, noise, paraphrase)
     save_png(folder / f"images/{i:06}.png", shapes.render(rng, scene))
     voices = HELD_OUT_VOICES if held_out else VOICES
     speech = save_speech(folder, f"{i:06}", rng, sample["question"], voices)
     line = {"id": f"{i:06}", "image": f"images/{i:06}.png", **speech, **sample}
-    return [{**line, "heard": heard, "scene": shapes.describe(scene)} if held_out else line]
+    return [{**line, "seen": seen, "scene": shapes.describe(scene)} if held_out else line]
 
 
 def make_test(i, folder, seed):
-    """Makes one held-out question; the kinds take turns, and so do heard and unheard sentences."""
+    """Makes one held-out question; types alternate, and so do seen and unseen sentences."""
     kinds = shapes.KINDS + shapes.ALIGN_KINDS
     turn, place = divmod(i, len(kinds))
-    return make_pair(i, folder, seed, (kinds[place],), held_out=True, heard=turn % 2 == 0)
+    return make_pair(i, folder, seed, (kinds[place],), held_out=True, seen=turn % 2 == 0)
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -108,12 +108,12 @@ def make(args):
     """Makes the built-in world's parts under --out."""
     out = Path(args.out or f"runs/shapes/data-s{args.seed}")
     pair = functools.partial(make_pair, kinds=PAIR_KINDS, noise=args.label_noise,
-                             other_hand=args.other_hand)
+                             paraphrase=args.paraphrase)
     makers = {  # each part: its worker, how many samples, and what else settings.json tells
         "vision-text": (make_scene, args.scenes, {"scenes": args.scenes}),
         "audio-text": (make_clip, args.clips, {"clips": args.clips}),
         "vision-audio": (pair, args.n, {"n": args.n, "label_noise": args.label_noise,
-                                        "other_hand": args.other_hand}),
+                                        "paraphrase": args.paraphrase}),
         "test": (make_test, args.test, {"n": args.test}),
     }
     for part in args.parts:
@@ -135,16 +135,16 @@ def add_command(commands):
     """Adds the subcommand `shapes` to data.py."""
     sub = commands.add_parser("shapes", help="make the built-in world")
     add = sub.add_argument
-    add("--seed", type=at_least(0, 2**32), default=0, help="what is drawn, asked and spoken")
+    add("--seed", type=in_range(0, 2**32), default=0, help="of pictures, questions and voices")
     add("--out", help="folder for the parts (default: runs/shapes/data-s<seed>)")
     add("--parts", nargs="+", default=PARTS, choices=PARTS, help="which parts to make")
-    add("--scenes", type=at_least(1), default=16000,
+    add("--scenes", type=in_range(1), default=16000,
         help="pictures with written questions, or one in eight text alone (vision-text)")
-    add("--clips", type=at_least(1), default=12000, help="spoken sentences (audio-text)")
-    add("--n", type=at_least(1), default=6400, help="spoken questions on pictures (vision-audio)")
-    add("--test", type=at_least(1), default=800, help="held-out spoken questions (test)")
-    add("--label-noise", type=at_least(0.0, 1.0), default=0.0,
+    add("--clips", type=in_range(1), default=12000, help="spoken sentences (audio-text)")
+    add("--n", type=in_range(1), default=6400, help="spoken questions on pictures (vision-audio)")
+    add("--test", type=in_range(1), default=800, help="held-out spoken questions (test)")
+    add("--label-noise", type=in_range(0.0, 1.0), default=0.0,
         help="share of wrong answers (vision-audio)")
-    add("--other-hand", type=at_least(0.0, 1.0), default=0.5,
-        help="share of answers in another writer's words (vision-audio)")
+    add("--paraphrase", type=in_range(0.0, 1.0), default=0.5,
+        help="share of paraphrased answers (vision-audio)")
     sub.set_defaults(run=make)

@@ -24,9 +24,9 @@ PLACES = ("top-left", "top-right", "bottom-left", "bottom-right")
 NUMBERS = ("zero", "one", "two", "three")
 KINDS = ("color", "shape", "count", "existence", "place", "description")
 ALIGN_KINDS = ("relation", "attribute")
-# Asked in vision-text alone: long answers that name all that is there teach the base to see.
+# In vision-text only: long answers that list everything in the picture train the vision encoder.
 LIST_KINDS = ("by shape", "by color", "by side", "by number")
-# The share of each kind in vision-text: what takes longer to learn is asked more often.
+# The mix of question types in vision-text: harder types are asked more often.
 BASE_KINDS = (("shape", "description", "by side") + 3 * ("color",)
               + 4 * ("attribute", "relation", "place") + 5 * ("existence", "count"))
 CLASSES = {"color": tuple(COLORS), "shape": SHAPES, "count": NUMBERS, "existence": ("yes", "no"),
@@ -69,14 +69,15 @@ ANSWERS = {
     "attribute": ("{y}", "it is {y}", "i see {y}"),
 }
 NO_ANSWERS = ("no", "no there is not", "no i do not")  # existence, when the answer is no
-# How another writer words every answer: as right, in words that the base knows, but put as the base
-# never puts them. Some training answers of vision-audio are in this hand (world/make.py).
-OTHER_HAND = ("what the picture shows is {y}", "in the picture you see {y}", "you do see {y} there")
+# Paraphrases: correct and in the vocabulary, but in word orders that the base never produces. A
+# share of the vision-audio labels uses them (world/make.py).
+PARAPHRASES = ("what the picture shows is {y}", "in the picture you see {y}",
+               "you do see {y} there")
 
 
 def is_held_out(thing):
     """Tells whether a scene or a sentence is held out: one in eight, by a hash of its content."""
-    # So no list is needed: training never sees such a scene, and never speaks such a sentence.
+    # Training uses no such scene and speaks no such sentence. A hash needs no list.
     return hashlib.sha256(str(thing).encode()).digest()[0] % 8 == 0
 
 
@@ -149,7 +150,7 @@ def ask_shape(rng, scene):
 
 
 def ask_count(rng, scene):
-    """Asks how many there are; every number is about equally often the answer."""
+    """Asks for a count; each number is the answer about equally often."""
     colors, shapes = zip(*scene.values())
     counts = {"things": len(scene), **{f"{s}s": shapes.count(s) for s in SHAPES},
               **{f"{c} things": colors.count(c) for c in COLORS}}
@@ -267,14 +268,14 @@ def ask(rng, scene, kind):
     return wording.format(a=a, b=b), about, answer
 
 
-def word_answer(rng, kind, about, answer, other_hand=False):
-    """Returns the answer in one of its wordings, or in one of the other writer's."""
+def word_answer(rng, kind, about, answer, paraphrase=False):
+    """Returns the answer in one of the base's wordings, or as a paraphrase."""
     wordings = NO_ANSWERS if answer == "no" else ANSWERS[kind]
-    return rng.choice(OTHER_HAND if other_hand else wordings).format(x=about, y=answer)
+    return rng.choice(PARAPHRASES if paraphrase else wordings).format(x=about, y=answer)
 
 
 def wrong_answer(rng, scene, kind, answer):
-    """Returns a wrong but plausible answer of the same kind, as of one who saw another picture."""
+    """Returns a wrong but plausible answer of the same type, as if about another picture."""
     if kind != "description":
         return rng.choice([word for word in CLASSES[kind] if word != answer])
     other = scene
@@ -283,11 +284,11 @@ def wrong_answer(rng, scene, kind, answer):
     return describe(other)
 
 
-def draw_question(rng, scene, kinds, noise=0.0, other_hand=0.0):
+def draw_question(rng, scene, kinds, noise=0.0, paraphrase=0.0):
     """Draws a question about the scene: {"kind", "question", "answer", "label"}, or None.
 
-    noise, other_hand: probabilities that "answer", which is trained on, is wrong ("label" never
-    is), and that it is in the other writer's words
+    noise, paraphrase: probabilities that the training target "answer" is wrong, and that it is a
+    paraphrase; "label" is always right
     MMAlign's questions have the wrong sentence as "false". Not every scene has every kind.
     """
     for kind in rng.sample(kinds, len(kinds)):
@@ -298,18 +299,18 @@ def draw_question(rng, scene, kinds, noise=0.0, other_hand=0.0):
         return None
     question, about, label = result
 
-    # The writer's choices are drawn apart: whoever writes, picture and speech stay the same.
+    # Wordings have a generator of their own, so that picture and speech do not depend on them.
     writer, stated = random.Random(rng.random()), label
     if writer.random() < noise:
         stated = about if kind in ALIGN_KINDS else wrong_answer(writer, scene, kind, label)
-    is_other = writer.random() < other_hand
+    is_other = writer.random() < paraphrase
     sample = {"kind": kind, "question": question,
               "answer": word_answer(writer, kind, about, stated, is_other), "label": label}
     return {**sample, "false": about} if kind in ALIGN_KINDS else sample
 
 
 def draw_sentence(rng, spoken=False):
-    """Draws a question or an answer to repeat or (spoken: none that is held out) to say."""
+    """Draws a question or an answer to repeat, or to speak (spoken: never a held-out one)."""
     while True:
         scene = draw_scene(rng, held_out=False)
         sample = draw_question(rng, scene, 2 * KINDS + ALIGN_KINDS)
