@@ -1,27 +1,27 @@
-"""Measures where the question and the answer look, layer by layer (the paper's Figs. 4 and 7).
+"""Measures the attention of question and answer, layer by layer (the paper's Figs. 4 and 7).
 
     python -m analysis.attention                                       # every run of seed 0
     python -m analysis.attention runs/shapes/vision-audio-a*-s[012]    # seeds are averaged
     python -m analysis.attention runs/shapes/vision-audio-a0.75-s0 --n 100 --out figures
 
-Each item is a picture with one question. A run hears the question and answers it; its base reads
-the question and answers it, too (the curve "text"). Of each layer's attention, averaged over heads,
-items and the positions of a span, this measures the share that falls on each span:
+Each item is a picture with one question. A run answers the spoken question, its base the written
+one (the curve "text"). In each layer, attention is averaged over heads, items and the positions of
+a span; the figures show the share that falls on each span:
 
     system      the chat prompt before the question; its first token often takes most
     vision      the image tokens in it
     query       the question, as word tokens or as audio tokens
-    turn        what stands between question and answer: <|im_end|><|im_start|>assistant
+    generation_prompt  between question and answer: <|im_end|><|im_start|>assistant
     response    the answer with its <|im_end|>
 
-The query looks from its own positions, the response from those that predict it: the last token of
-the turn predicts the first answer token. Speech takes more tokens than text, so that even uniform
-attention gives it a larger share: a second figure shows the share divided by the number of tokens.
+The query attends from its own positions, the response from those that predict it: the last token of
+the generation prompt predicts the first answer token. Speech takes more tokens than text, so even
+uniform attention gives it a larger share: a second figure divides the share by the token count.
 Both figures and attention.csv go to --out.
 
 Letters in shape comments:
     B batch   T tokens of prefix, query and answer   L layers   D width of the LLM
-    F spans that look (2)   S spans that are looked at (6)
+    F spans that attend (2)   S spans that are attended to (6)
 """
 
 import contextlib
@@ -37,11 +37,11 @@ import data
 from data import IGNORE
 from model import OLLM
 from plumbing import processes, runs, tables
-from plumbing.files import BadInput, at_least, readable_errors
-from real.families import prefix_positions, turn_ids
+from plumbing.files import BadInput, in_range, readable_errors
+from real.families import generation_prompt_ids, prefix_positions
 from world import shapes
 
-SPANS = ("system", "vision", "query", "turn", "response", "padding")
+SPANS = ("system", "vision", "query", "generation_prompt", "response", "padding")
 SYSTEM, VISION, QUERY, TURN, RESPONSE, PADDING = range(len(SPANS))
 LOOKING = ("query", "response")
 PANELS = {"query to vision": (0, VISION), "query to query": (0, QUERY),
@@ -65,7 +65,9 @@ def full_pass(ollm, batch, form):
     form: "text" or "audio", the query that follows the prefix
     """
     prefix, query = batch["prefix"], batch[form]
-    audio = ollm.hear(batch["mel"], batch["n_frames"]) if form == "audio" else None  # (B, A, D)
+    audio = None
+    if form == "audio":
+        audio = ollm.encode_audio(batch["mel"], batch["n_frames"])  # (B, A, D)
     ids, mask = (torch.cat([prefix[key], query[key]], dim=1) for key in ("ids", "mask"))  # (B, T)
     x = ollm.embed(ids, batch["pixels"], audio)  # (B, T, D)
     positions, _ = prefix_positions(ollm.lvlm, ids, mask, batch["pixels"])
@@ -79,19 +81,19 @@ def spans_of(ollm, batch, form):
     is_image = prefix["ids"] == ollm.lvlm.config.image_token_id  # (B, prefix tokens)
     before = torch.where(is_image, VISION, SYSTEM)  # (B, prefix tokens)
 
-    # Then come question, turn and answer; only the answer has labels.
-    turn = len(turn_ids(ollm.tokenizer, ollm.settings))
+    # Then come question, generation prompt and answer; only the answer has labels.
+    n_prompt = len(generation_prompt_ids(ollm.tokenizer, ollm.settings))
     answer_at = (query["mask"] & (query["labels"] == IGNORE)).sum(1, keepdim=True)  # (B, 1)
     places = torch.arange(query["ids"].size(1), device=answer_at.device)[None]  # (1, query tokens)
     after = torch.where(places < answer_at, TURN, RESPONSE)  # (B, query tokens)
-    after = after.masked_fill(places < answer_at - turn, QUERY)
+    after = after.masked_fill(places < answer_at - n_prompt, QUERY)
 
     mask = torch.cat([prefix["mask"], query["mask"]], dim=1)  # (B, T)
     return torch.cat([before, after], dim=1).masked_fill(~mask, PADDING)
 
 
 def looking_positions(spans, looking):
-    """Returns the positions (B, T) from which the "query" or the "response" looks."""
+    """Returns the positions (B, T) from which the "query" or the "response" attends."""
     if looking == "query":
         return spans == QUERY
     return (spans == RESPONSE).roll(-1, dims=1)  # the position before a token predicts it
@@ -99,7 +101,7 @@ def looking_positions(spans, looking):
 
 @contextlib.contextmanager
 def eager_attention(llm):
-    """Switches attention to the form that returns its weights and takes an additive mask."""
+    """Switches to eager attention, which returns its weights and takes an additive mask."""
     usual = llm.config._attn_implementation
     llm.set_attn_implementation("eager")
     try:
@@ -123,7 +125,7 @@ def hooks(register, modules, hook):
 def record_attention(llm, reduce):
     """Yields a list; a forward pass appends reduce(attention (B, heads, T, T)) of each layer.
 
-    At once, all layers' attention would take 4 GB in InternVL2-1B at 1,800 tokens.
+    All layers' attention together would take 4 GB in InternVL2-1B at 1,800 tokens.
     """
     records = []
 
@@ -138,7 +140,7 @@ def record_attention(llm, reduce):
 def attention_shares(ollm, batch, form):
     """Returns (shares of attention (B, L, F, S), spans (B, T)).
 
-    A share is between 0 and 1: a mean over heads and positions that look. The S shares sum to 1.
+    A share is from 0 to 1, a mean over heads and attending positions. The S shares sum to 1.
     """
     spans = spans_of(ollm, batch, form)  # (B, T)
     looks = torch.stack([looking_positions(spans, span) for span in LOOKING], dim=-1)  # (B, T, F)
@@ -169,7 +171,7 @@ def pick_questions(folder, settings, n, forms=("question", "audio")):
 
 @torch.no_grad()
 def measure(ollm, folder, form, args, desc):
-    """Returns a run's curves for read ("text") or heard ("audio") questions, means over items.
+    """Returns a run's curves for written ("text") or spoken ("audio") questions, means over items.
 
     {"share", "per token": percent (L, F, S), "tokens": tokens of each span (S,), "items": number}
     """
@@ -179,7 +181,7 @@ def measure(ollm, folder, form, args, desc):
     for start in tqdm(range(0, len(indices), args.batch), desc=desc, unit="batch", leave=False):
         items = [samples[i] for i in indices[start: start + args.batch]]
 
-        # The run reads its own answer after the question, not the data's.
+        # The answer that follows the question is the run's own, not the data's.
         answers = ollm.answer(items, (form,))[form]
         items = [{**item, "answer": answer} for item, answer in zip(items, answers)]
         shares, spans = attention_shares(ollm, collate_with_answers(ollm, items), form)
@@ -196,16 +198,16 @@ def measure(ollm, folder, form, args, desc):
 def measure_runs(args):
     """Returns {name: {seed: what `measure` returns}}: "text" for the base, and every run."""
     results, bases = {"text": {}}, {}
-    for name, by_seed in runs.group_runs(runs.listening_runs(args)).items():
+    for name, by_seed in runs.group_runs(runs.asked_for(args, listening=True)).items():
         results[name] = {}
         for seed, run in by_seed.items():
-            base = runs.about(run)["base_fingerprint"]
+            base = runs.read_run_info(run)["base_fingerprint"]
             if bases.setdefault(seed, base) != base:
                 raise BadInput(f"{run}: has another base than the other runs of seed {seed}")
             ollm = OLLM.load(run, args.device).eval()
             folder = runs.questions_of(args, seed)
 
-            # The LLM is frozen: all runs on a base read alike.
+            # The LLM is frozen: all runs on a base give the same written answers.
             if seed not in results["text"]:
                 results["text"][seed] = measure(ollm, folder, "text", args, f"{run}, text")
             results[name][seed] = measure(ollm, folder, "audio", args, f"{run}, audio")
@@ -276,7 +278,7 @@ def draw_attention(results, key, path):
 def arguments(description):
     """Returns the argument parser that attention.py and probe.py share."""
     parser = runs.arguments(description)
-    parser.add_argument("--batch", type=at_least(1), default=8, help="items in one pass")
+    parser.add_argument("--batch", type=in_range(1), default=8, help="items in one pass")
     return parser
 
 

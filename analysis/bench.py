@@ -1,22 +1,18 @@
-"""Measures what a step of Self-KD costs, against the textbook's two full passes.
+"""Measures the cost of a Self-KD step against the naive (textbook) two full passes.
 
-    python -m analysis.bench                             # InternVL2-1B's and Whisper-large-v3's
-                                                         # widths, a quarter of their layers
+    python -m analysis.bench                             # true widths, a quarter of the layers
     python -m analysis.bench --size shapes --rounds 20   # the built-in world's models, in seconds
     python -m analysis.bench --layers 1 --batch 8        # full depth: for a GPU
     python -m analysis.bench --json | tail -n 1          # the same numbers as one line of JSON
-    python -m analysis.bench --plan                      # on paper: analysis/plan.py
 
-The textbook runs the whole model twice, over the whole sequence: as the teacher, who reads the
-question, and as the student, who hears it in speech padded to Whisper's 30 s. Three things make a
-step cheaper here; the table adds one at a time:
+The naive implementation runs the model on two whole sequences, with speech padded to Whisper's
+30 s. Three savings are added one at a time; the exact ones are first checked in float64:
 
-    + shared prefix        `<system><image>` is read once for both (exact)
+    + shared prefix        `<system><image>` is encoded once for both (exact)
     + answer-only head     logits only at positions that predict the answer (exact)
-    + real audio length    Whisper hears the question, not silence up to 30 s (approximation)
+    + real audio length    speech is not padded to 30 s (approximation)
 
-It is checked first, in float64, that the exact ones change no gradient. Weights are random: time
-does not depend on them. Letters in shape comments:
+Weights are random: time does not depend on them. Letters in shape comments:
     B batch   P prefix tokens   S tokens of query and answer   T tokens of both   A audio tokens
     N answer tokens in the batch   V vocabulary   D width of the LLM   W width of the audio encoder
 """
@@ -26,13 +22,9 @@ import contextlib
 import copy
 import itertools
 import json
-import re
-import resource
 import statistics
-import subprocess
-import sys
 import time
-from pathlib import Path
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -44,21 +36,11 @@ from transformers import InternVLForConditionalGeneration, WhisperConfig, Whispe
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 import data
-from analysis.plan import (
-    SYSTEM_TOKENS,
-    WHISPER_LARGE_V3,
-    WHISPERS,
-    key_width,
-    layer_flops,
-    llm_weights,
-    print_plan,
-    step_flops,
-)
-from data import AUDIO_SLOT, IGNORE
+from data import AUDIO_PLACEHOLDER, IGNORE
 from loss import self_kd_loss
 from model import OLLM
 from plumbing import processes, tables
-from plumbing.files import at_least, readable_errors
+from plumbing.files import in_range, readable_errors
 from real.checkpoints import native_config
 from real.families import lvlm_settings
 from world.models import build_audio_encoder, build_lvlm
@@ -74,6 +56,9 @@ INTERNVL2_1B = {  # what matters here of its config.json
                    "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2,
                    "intermediate_size": 4864, "vocab_size": 151655, "hidden_act": "silu",
                    "rms_norm_eps": 1e-6, "rope_theta": 1e6, "max_position_embeddings": 32768}}
+WHISPER_LARGE_V3 = {"num_mel_bins": 128, "d_model": 1280, "encoder_layers": 32,
+                    "encoder_attention_heads": 20, "encoder_ffn_dim": 5120}
+SYSTEM_TOKENS = 40  # InternVL2's system message has about as many
 ALPHA = 0.75
 
 
@@ -89,11 +74,11 @@ def textbook_pass(ollm, batch, form):
     assert prefix["mask"].all() and query["mask"].all(), "sequences of one length only"
     ids = torch.cat([prefix["ids"], query["ids"]], dim=1)  # (B, T)
     x = ollm.lvlm.get_input_embeddings()(ids.clamp(min=0))  # (B, T, D)
-    image_slots = (ids == ollm.lvlm.config.image_token_id)[..., None]  # (B, T, 1)
-    x = x.masked_scatter(image_slots, ollm.see(batch["pixels"]).to(x.dtype))
+    image_placeholders = (ids == ollm.lvlm.config.image_token_id)[..., None]  # (B, T, 1)
+    x = x.masked_scatter(image_placeholders, ollm.encode_images(batch["pixels"]).to(x.dtype))
     if form == "audio":
-        audio_slots = (ids == AUDIO_SLOT)[..., None]  # (B, T, 1)
-        x = x.masked_scatter(audio_slots, textbook_hear(ollm, batch).to(x.dtype))
+        audio_placeholders = (ids == AUDIO_PLACEHOLDER)[..., None]  # (B, T, 1)
+        x = x.masked_scatter(audio_placeholders, textbook_hear(ollm, batch).to(x.dtype))
 
     no_labels = torch.full_like(prefix["ids"], IGNORE)  # (B, P)
     labels = torch.cat([no_labels, query["labels"]], dim=1)  # (B, T)
@@ -108,7 +93,7 @@ def next_labels(labels):
 def textbook_hear(ollm, batch):
     """Returns audio tokens (B, A, D) by transformers' encoder, if it is 30 s: it takes no other."""
     if batch["mel"].size(-1) != 3000:
-        return ollm.hear(batch["mel"], batch["n_frames"])
+        return ollm.encode_audio(batch["mel"], batch["n_frames"])
     mel = batch["mel"].to(ollm.projector.weight.dtype)  # (B, mel bins, 3000)
     frames = ollm.audio_encoder(mel).last_hidden_state  # (B, 1500, W)
     return ollm.projector(frames.unflatten(1, (-1, 2)).mean(2))
@@ -138,11 +123,11 @@ def textbook(ollm, batch, alpha):
 
 def shared_prefix(ollm, batch, alpha):
     """Returns the loss with the prefix read once, but logits at all positions of the queries."""
-    prefix = ollm.encode_prefix(batch)
-    audio = ollm.hear(batch["mel"], batch["n_frames"])  # (B, A, D)
-    student = ollm.lvlm.lm_head(ollm.continue_prefix(prefix, batch["audio"], audio)[0])  # (B, S, V)
+    prefix = ollm.prefill(batch)
+    audio = ollm.encode_audio(batch["mel"], batch["n_frames"])  # (B, A, D)
+    student = ollm.lvlm.lm_head(ollm.decode_query(prefix, batch["audio"], audio)[0])  # (B, S, V)
     with torch.no_grad():
-        teacher = ollm.lvlm.lm_head(ollm.continue_prefix(prefix, batch["text"])[0])  # (B, S, V)
+        teacher = ollm.lvlm.lm_head(ollm.decode_query(prefix, batch["text"])[0])  # (B, S, V)
 
     labels = next_labels(batch["audio"]["labels"])  # (B, S)
     student, labels = student[labels != IGNORE], labels[labels != IGNORE]  # (N, V), (N,)
@@ -195,7 +180,7 @@ def build(size, share, device):
             part[key] = max(1, round(part[key] * share))
         image_token = tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")  # any id would do
         lvlm = InternVLForConditionalGeneration(native_config(config, image_token))
-        settings = {**lvlm_settings(lvlm), "system": " ".join(["picture"] * SYSTEM_TOKENS)}
+        settings = replace(lvlm_settings(lvlm), system=" ".join(["picture"] * SYSTEM_TOKENS))
         audio_parts = (WhisperEncoder(WhisperConfig(**whisper)),
                        WhisperFeatureExtractor(feature_size=whisper["num_mel_bins"]))
         tokenizer.model_max_length = config["llm_config"]["max_position_embeddings"]
@@ -227,21 +212,20 @@ def make_batch(ollm, tiles, args, audio_seconds):
 
     tiles: squares of a picture, with the thumbnail; audio_seconds: what speech is padded to
     """
-    rng, size = np.random.default_rng(0), ollm.settings["image_size"]
+    rng, size = np.random.default_rng(0), ollm.settings.image_size
     samples = []
     for _ in range(args.batch):
         pixels = rng.standard_normal((tiles, 3, size, size), dtype=np.float32)
         wave = rng.standard_normal(round(args.seconds * data.SAMPLE_RATE), dtype=np.float32)
         samples.append({"question": " ".join(["what"] * args.question),
                         "answer": " ".join(["red"] * (args.answer - 1)),  # and the end mark
-                        "pixels": {"pixel_values": torch.from_numpy(pixels)},
-                        "wave": 0.1 * wave})
-    settings = {**ollm.settings, "audio_seconds": audio_seconds}
+                        "pixels": {"pixel_values": torch.from_numpy(pixels)}, "wave": 0.1 * wave})
+    settings = replace(ollm.settings, audio_seconds=audio_seconds)
     batch = data.collate(samples, ollm.tokenizer, ollm.mel_extractor, settings)
     return processes.to_device(batch, ollm.lvlm.device)
 
 
-# ---- arithmetic ----------------------------------------------------------------------------------
+# ---- cost ----------------------------------------------------------------------------------------
 
 
 def flop_counter():
@@ -254,29 +238,18 @@ def flop_counter():
             lambda _, query, key, *__, **___: 5 * 2 * query.numel() * key[-2]})
 
 
-def floor(ollm, batch):
-    """Returns the FLOPs that a Self-KD step cannot do without: each product that is needed, once.
+def in_vain(ollm, batch):
+    """Returns the FLOPs of a step that its mathematics does not need.
 
-    A step does two things in vain: the last layer's output at the prefix, of which only keys and
-    values are read, and the gradients of the prefix's keys and values, which nobody takes.
+    They are the last layer's output at the prefix, of which only keys and values are read, and the
+    gradients of the prefix's keys and values, which nobody takes. Two FLOPs a multiplication.
     """
     llm, (samples, prefix) = ollm.lvlm.config.text_config, batch["prefix"]["ids"].shape
-    student = batch["audio"]["ids"].size(1)
-    tiles = len(batch["pixels"]["pixel_values"]) // samples
-    step = step_flops(
-        ollm.lvlm.config, ollm.audio_encoder.config, tiles=tiles, prefix=prefix,
-        teacher=batch["text"]["ids"].size(1), student=student,
-        answers=int((batch["text"]["labels"] != IGNORE).sum()) // samples,
-        frames=batch["mel"].size(-1))
-
-    width = llm.hidden_size
-    unread_weights = llm_weights(llm) - 2 * width * key_width(llm)
-    in_vain = layer_flops(prefix, prefix, width, unread_weights)
-    in_vain += llm.num_hidden_layers * 2 * 2 * student * prefix * width
-    return samples * (step - in_vain)
-
-
-# ---- time and memory -----------------------------------------------------------------------------
+    width, student = llm.hidden_size, batch["audio"]["ids"].size(1)
+    unread = 2 * width**2 + 3 * width * llm.intermediate_size  # queries, output, the MLP's three
+    last_layer = 2 * prefix * unread + 2 * 2 * prefix * prefix * width
+    gradients = llm.num_hidden_layers * 2 * 2 * student * prefix * width
+    return samples * (last_layer + gradients)
 
 
 def worst_difference(args):
@@ -308,14 +281,15 @@ def now(device):
 
 
 def measure(args):
-    """Returns ({(tiles, step): [seconds, ...]}, {(tiles, step): FLOPs}, {tiles: floor}).
+    """Returns (seconds, FLOPs, memory, floors): the first three are dicts by (tiles, step).
 
     All steps take turns. The first round counts FLOPs as well, which takes milliseconds. In the
-    real widths, steps that are not in EVERY_ROUND are timed in the first round alone.
+    real widths, steps that are not in EVERY_ROUND are timed in the first round alone. Memory, the
+    bytes above the weights and moments, is measured on a GPU.
     """
     device = torch.device(args.device)
     ollm, optimizer = build(args.size, args.layers, device)
-    seconds, flops = {}, {}
+    seconds, flops, memory = {}, {}, {}
     todo = itertools.product(range(args.rounds), args.tiles, STEPS)
     todo = [(i, tiles, name) for i, tiles, name in todo
             if i == 0 or name in EVERY_ROUND or args.size == "shapes"]
@@ -328,49 +302,15 @@ def measure(args):
             seconds.setdefault((tiles, name), []).append(now(device) - started)
         if i == 0:
             flops[tiles, name] = counter.get_total_flops()
-    floors = {tiles: floor(ollm, make_batch(ollm, tiles, args, 0)) for tiles in args.tiles}
-    return seconds, flops, floors
-
-
-def highest_use(device):
-    """Returns the most bytes that this process has held so far, on a GPU those of its tensors."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status")
-    if status.exists():  # Linux, where getrusage begins with what the parent process held
-        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status.read_text()).group(1))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS, in bytes
-
-
-def peak_memory(args):
-    """Returns the bytes above the weights that one step takes: activations, gradients, moments."""
-    device = torch.device(args.device)
-    ollm, optimizer = build(args.size, args.layers, device)
-    _, loss_of, alpha, audio_seconds = STEPS[args.peak]
-    batch = make_batch(ollm, args.tiles[0], args, audio_seconds)
-    weights = highest_use(device)
-
-    # AdamW has its moments from the second step on; a step with gradient 0 makes them.
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            p.grad = torch.zeros_like(p)
-    optimizer.step()
-    optimizer.zero_grad()
-    step(ollm, optimizer, batch, loss_of, alpha)
-    return highest_use(device) - weights
-
-
-def peaks(args, tiles):
-    """Returns {step: bytes}, each measured in its own process."""
-    memory = {}
-    for name in ("textbook_kd", "kd"):
-        command = [sys.executable, "-m", "analysis.bench", "--peak", name, "--tiles", str(tiles)]
-        for key in ("size", "layers", "seconds", "question", "answer", "batch", "device"):
-            command += [f"--{key}", str(getattr(args, key))]
-        done = subprocess.run(command, cwd=Path(__file__).parent.parent, check=True,
-                              stdout=subprocess.PIPE, text=True)
-        memory[name] = int(done.stdout)
-    return memory
+        elif device.type == "cuda":  # now AdamW has its moments
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            step(ollm, optimizer, batch, loss_of, alpha)
+            memory[tiles, name] = torch.cuda.max_memory_allocated() - before
+    floors = {}
+    for tiles in args.tiles:
+        floors[tiles] = flops[tiles, "kd"] - in_vain(ollm, make_batch(ollm, tiles, args, 0))
+    return seconds, flops, memory, floors
 
 
 # ---- reporting -----------------------------------------------------------------------------------
@@ -381,7 +321,7 @@ def ratio(seconds, tiles, slow, fast):
     return statistics.median(a / b for a, b in zip(seconds[tiles, slow], seconds[tiles, fast]))
 
 
-def summary(args, seconds, flops, floors, memory):
+def summary(args, seconds, flops, memory, floors):
     """Returns all numbers as one JSON object; a key ends with its number of tiles, _1 or _7."""
     result = {"seconds": {}, "ratios": {}, "memory": {}, "flops": {}}
     for tiles in args.tiles:
@@ -390,10 +330,9 @@ def summary(args, seconds, flops, floors, memory):
             result["flops"][f"{name}_{tiles}"] = flops[tiles, name]
         for key, pair in RATIOS.items():
             result["ratios"][f"{key}_{tiles}"] = ratio(seconds, tiles, *pair)
-        for name, size in memory[tiles].items():
-            result["memory"][f"{name}_bytes_{tiles}"] = size
-        relative = memory[tiles]["kd"] / memory[tiles]["textbook_kd"]
-        result["memory"][f"kd_over_textbook_{tiles}"] = relative
+        for name in STEPS:
+            if (tiles, name) in memory:
+                result["memory"][f"{name}_bytes_{tiles}"] = memory[tiles, name]
         result["flops"][f"floor_{tiles}"] = floors[tiles]
         result["flops"][f"over_floor_{tiles}"] = flops[tiles, "kd"] / floors[tiles]
     return result
@@ -406,7 +345,7 @@ def print_steps(args, tiles, seconds, flops, memory):
     for name, (label, *_) in STEPS.items():
         times, work = seconds[tiles, name], flops[tiles, name]
         median, speedup = statistics.median(times), ratio(seconds, tiles, "textbook_kd", name)
-        size = f"{memory[tiles][name] / 1e9:.2f}" if name in memory[tiles] else ""
+        size = f"{memory[tiles, name] / 1e9:.2f}" if (tiles, name) in memory else ""
         rows.append([label, f"{median:.3g} ({min(times):.3g} to {max(times):.3g})",
                      f"{speedup:.2f}", f"{work / 1e9:.4g}", size])
     tables.print_table(["step", "s, median (least to most)", "textbook Self-KD / it", "GFLOP",
@@ -420,49 +359,33 @@ def parse_arguments():
     add = parser.add_argument
     add("--size", choices=["internvl2-1b", "shapes"], default="internvl2-1b",
         help="the real models' widths, or the built-in world's models")
-    add("--layers", type=at_least(0.0, 1.0), default=0.25, help="share of the real models' layers")
-    add("--tiles", type=at_least(1), nargs="+", default=[1, 7], help="squares of a picture")
-    add("--seconds", type=at_least(0.1, 30.0), default=4.0, help="length of a spoken question")
-    add("--question", type=at_least(1), default=16, help="tokens of a written question")
-    add("--answer", type=at_least(1), default=40, help="tokens of an answer, with its end mark")
-    add("--batch", type=at_least(1), default=1, help="samples a step")
-    add("--rounds", type=at_least(1), default=3, help="how often each step is timed")
+    add("--layers", type=in_range(0.0, 1.0), default=0.25, help="share of the real models' layers")
+    add("--tiles", type=in_range(1), nargs="+", default=[1, 7], help="squares of a picture")
+    add("--seconds", type=in_range(0.1, 30.0), default=4.0, help="length of a spoken question")
+    add("--question", type=in_range(1), default=16, help="tokens of a written question")
+    add("--answer", type=in_range(1), default=40, help="tokens of an answer, with its end mark")
+    add("--batch", type=in_range(1), default=1, help="samples a step")
+    add("--rounds", type=in_range(1), default=3, help="how often each step is timed")
     add("--device", choices=["cpu", "cuda"], help="default: cuda if there is one",
         default="cuda" if torch.cuda.is_available() else "cpu")
     add("--json", action="store_true", help="print one line of JSON last")
-    add("--plan", action="store_true", help="measure nothing: compute what the paper's trainings "
-        "take for each of its bases, by default on eight A100s")
-    add("--cards", type=at_least(1), default=8, help="with --plan: how many")
-    add("--gb", type=at_least(1.0), default=80.0, help="with --plan: memory of a card")
-    add("--peak-tflops", type=at_least(1.0), default=312.0, help="with --plan: a card's peak in "
-        "bfloat16, by its data sheet")
-    add("--peak-share", type=at_least(0.01, 1.0), default=0.4, help="with --plan: used of it")
-    add("--whisper", choices=WHISPERS, default="large-v3", help="with --plan: which one listens")
-    add("--train", choices=["audio", "projector"], default="audio", help="with --plan: train.py's")
-    add("--peak", choices=STEPS, help="print the memory (bytes) of one such step and nothing else")
     return parser.parse_args()
 
 
 def main():
     args = parse_arguments()
-    if args.plan:
-        return print_plan(args)
-    if args.peak:
-        return print(peak_memory(args))
     worst = worst_difference(args)
     print("gradients of shared prefix and answer-only head against the textbook's, float64, tiny "
           f"widths: relative difference {worst:.1e}")
     assert worst < 1e-9, "the shared prefix or the answer-only head changes the gradient"
 
-    memory = {tiles: peaks(args, tiles)
-              for tiles in tqdm(args.tiles, desc="memory", unit="size", mininterval=5)}
     share = f", {args.layers:g} of the layers" if args.size == "internvl2-1b" else ""
     print(f"{args.size}{share}, random weights; {args.device}, {torch.get_num_threads()} threads")
-    seconds, flops, floors = measure(args)
+    seconds, flops, memory, floors = measure(args)
     for tiles in args.tiles:
         print_steps(args, tiles, seconds, flops, memory)
 
-    result = summary(args, seconds, flops, floors, memory)
+    result = summary(args, seconds, flops, memory, floors)
     print()
     for kind in ("ratios", "memory", "flops"):
         for key, value in result[kind].items():

@@ -1,8 +1,8 @@
-"""Draws what alpha does (the paper's Fig. 8): spoken answers over alpha, and the training steps.
+"""Draws spoken accuracy over alpha (the paper's Fig. 8).
 
-    for alpha in 0 0.25 0.5 0.75 1; do torchrun train.py --alpha $alpha; done
+    for alpha in 0 0.25 0.5 0.75 1; do torchrun --standalone train.py --alpha $alpha; done
     python eval.py                                  # asks the runs, keeps their answers beside them
-    python -m analysis.sweep                        # sweep.png and story.png, of all seeds
+    python -m analysis.sweep                        # sweep.png, of all seeds
     python -m analysis.sweep runs/shapes=1,600 runs/twice=3,200   # a curve each, FOLDER=LABEL
 
 Points are means over seeds, error bars standard deviations, small dots the seeds.
@@ -15,25 +15,23 @@ from pathlib import Path
 
 from eval import mean_scores
 from plumbing import runs, tables
+from plumbing.answers import read_answers
 from plumbing.files import BadInput, readable_errors
 from world import shapes
-
-BARS = {"text": "in writing", "aligned": "spoken,\nafter alignment", "SFT": "spoken,\nSFT",
-        "KD 0.75": "spoken,\nSelf-KD"}  # from left to right
 
 
 def scores_of(folder):
     """Returns {name: {form: [percent right of each seed]}} of a folder's runs, means over kinds."""
     paths = sorted(path.parent for path in Path(folder).glob("*/ollm.json"))
     if not paths:
-        raise BadInput(f"{folder}: has no finished run; `torchrun train.py --alpha 0.75` makes one")
+        raise BadInput(f"{folder}: has no finished run; `torchrun --standalone train.py` makes one")
     scores = {}
     for name, by_seed in runs.group_runs(paths).items():
         if "(" in name:  # a curve is of one training for each alpha
             raise BadInput(f"{folder}: another run is called so, but for its seed: {name}")
         scores[name] = {"text": [], "audio": []}
         for run in by_seed.values():
-            rows = runs.read_answers(run)
+            rows = read_answers(run)
             for form, seeds in scores[name].items():
                 if rows[0][form] is not None:
                     seeds.append(statistics.fmean(mean_scores(rows, form, shapes.KINDS).values()))
@@ -68,28 +66,11 @@ def draw_sweep(curves, path):
     tables.save_figure(figure, path)
 
 
-def draw_story(scores, path):
-    """Draws bars: written questions, then spoken ones after each step of training."""
-    figure, ((axes,),) = tables.blank_figure(6, 3.2)
-    bars = {BARS["text"]: scores["base"]["text"]} if "base" in scores else {}
-    bars |= {label: scores[name]["audio"] for name, label in BARS.items() if name in scores}
-    for i, (label, seeds) in enumerate(bars.items()):
-        mean = statistics.fmean(seeds)
-        color = tables.COLORS[i]
-        axes.bar(i, mean, 0.6, yerr=tables.deviation(seeds), capsize=4, color=color)
-        axes.plot([i] * len(seeds), seeds, ".", color="black", alpha=0.5)
-        axes.annotate(f"{mean:.0f}", (i, 2), ha="center", color="white", weight="bold")
-    axes.set_xticks(range(len(bars)), bars)
-    axes.set_ylabel("questions right (%)")
-    axes.set_ylim(0, 105)
-    tables.save_figure(figure, path)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="*", default=["runs/shapes"], help="folders of runs, each "
-                        "with =LABEL or without; the bars are of the first one")
+                        "with =LABEL or without")
     parser.add_argument("--out", default="runs/report", help="folder for the pictures")
     args = parser.parse_args()
 
@@ -98,7 +79,6 @@ def main():
         folder, _, label = argument.partition("=")
         curves[label or folder] = scores_of(folder)
     draw_sweep(curves, Path(args.out) / "sweep.png")
-    draw_story(next(iter(curves.values())), Path(args.out) / "story.png")
 
 
 if __name__ == "__main__":

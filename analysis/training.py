@@ -1,4 +1,4 @@
-"""Draws how training went: loss, KL, CE and gradient norm of each step, several runs side by side.
+"""Draws training logs: loss, KL, CE and gradient norm of each step, several runs side by side.
 
     python -m analysis.training                                         # every alpha of seed 0
     python -m analysis.training runs/shapes/audio-text-s0 runs/shapes/audio-text-s1 --out figures
@@ -28,7 +28,7 @@ def read_log(run):
     if not rows:
         raise BadInput(f"{run}: its log has no step yet")
     log = torch.tensor(rows)
-    if not log[:, KL].any():  # at alpha 0 there is no teacher: the KL is not 0, it is not measured
+    if not log[:, KL].any():  # at alpha 0 there is no teacher, so the KL is unknown
         log[:, KL] = torch.nan
     return log
 
@@ -52,8 +52,8 @@ def main():
     paths = args.runs
     if not paths:
         paths = runs.default_runs(args)
-        last = runs.about(paths[-1])["training"]["stage"]
-        paths = [run for run in paths if runs.about(run)["training"]["stage"] == last]
+        last = runs.read_run_info(paths[-1])["training"]["stage"]
+        paths = [run for run in paths if runs.read_run_info(run)["training"]["stage"] == last]
     draw_logs(paths, Path(args.out) / "training.png")
 
 
