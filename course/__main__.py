@@ -2,7 +2,7 @@
 
     python -m course handout DIR           # a student's tree: the parts' bodies are empty
     python -m course grade [DIR]           # of DIR, or here: a line a part, points, results.json
-    python -m course grade --part hear     # one part alone; --extra: all, and the extra ones
+    python -m course grade --part embed    # one part alone; --extra: all, and the extra ones
 
 `grade` takes the files of DIR that hold the parts, and all else from the tree that it runs in.
 results.json has Gradescope's form. The exit code is 0 only if all is right, as GitHub Classroom

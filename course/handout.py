@@ -4,7 +4,7 @@ import ast
 import shutil
 from pathlib import Path
 
-from plumbing.files import BadInput, write_text, written_folder
+from plumbing.files import BadInput, atomic_folder, write_text
 
 ROOT = Path(__file__).parent.parent
 PARTS = {  # in the order of EXERCISES.md: file and points
@@ -13,8 +13,8 @@ PARTS = {  # in the order of EXERCISES.md: file and points
     "train_only": ("model.py", 5),
     "answer_logits": ("model.py", 15),
     "embed": ("model.py", 15),
-    "hear": ("model.py", 15),
-    "continue_prefix": ("model.py", 20),
+    "encode_audio": ("model.py", 15),
+    "decode_query": ("model.py", 20),
     "forward_backward": ("train.py", 15),
 }
 EXTRA = {
@@ -47,7 +47,7 @@ def write_handout(folder, parts):
     """Writes a student's tree into a new folder, in which these parts are empty."""
     if Path(folder).exists() and any(Path(folder).iterdir()):
         raise BadInput(f"{folder}: is not empty; a student's work is never overwritten")
-    with written_folder(folder, last="EXERCISES.md") as tree:
+    with atomic_folder(folder, last="EXERCISES.md") as tree:
         copy_tree(tree)
         for name in parts:
             file = tree / ALL[name][0]
