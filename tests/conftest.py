@@ -17,8 +17,10 @@ ROOT = Path(__file__).parent.parent
 FIXTURES = Path(__file__).parent / "fixtures"
 sys.path.insert(0, str(ROOT))
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from transformers import (
     AutoConfig,
@@ -95,6 +97,26 @@ def contents(folder):
             for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
+def change_json(path, **keys):
+    """Sets keys of a JSON file: llm_config__vocab_size=3."""
+    content = json.loads(path.read_text())
+    for name, value in keys.items():
+        *parents, last = name.split("__")
+        place = content
+        for parent in parents:
+            place = place[parent]
+        place[last] = value
+    path.write_text(json.dumps(content))
+
+
+def expand(entries):
+    """Returns the ids of a reference, where {"id", "repeat"} stands for so many of one."""
+    ids = []
+    for entry in entries:
+        ids += [entry["id"]] * entry["repeat"] if isinstance(entry, dict) else [entry]
+    return ids
+
+
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
     """A prepared built-in world of a few dozen samples: a folder with the four parts."""
@@ -109,7 +131,7 @@ def build_ollm(dtype=torch.float64, max_tiles=1):
     """Returns the built-in model with random weights, listening; the audio part is scaled up."""
     torch.manual_seed(0)
     ollm = OLLM(*build_lvlm(), None, *build_audio_encoder())
-    ollm.settings = {**ollm.settings, "max_tiles": max_tiles}
+    ollm.settings.max_tiles = max_tiles
     torch.nn.init.normal_(ollm.projector.weight, std=0.3)
     ollm.train_only("vision-audio")
     return to_float64(ollm) if dtype == torch.float64 else ollm
@@ -149,8 +171,8 @@ def collate(ollm, samples, **options):
 def generate(ollm, samples, form, max_new_tokens):
     """Greedy answers to the written or spoken questions of a batch."""
     batch = collate(ollm, samples, answers=False)
-    audio = ollm.hear(batch["mel"], batch["n_frames"]) if form == "audio" else None
-    return ollm.generate(ollm.encode_prefix(batch), batch[form], audio, max_new_tokens)
+    audio = ollm.encode_audio(batch["mel"], batch["n_frames"]) if form == "audio" else None
+    return ollm.generate(ollm.prefill(batch), batch[form], audio, max_new_tokens)
 
 
 def check_answers_do_not_depend_on_the_batch(ollm, samples, form, max_new_tokens):
@@ -158,6 +180,13 @@ def check_answers_do_not_depend_on_the_batch(ollm, samples, form, max_new_tokens
     together = generate(ollm, samples, form, max_new_tokens)
     assert together == [generate(ollm, [sample], form, max_new_tokens)[0] for sample in samples]
     assert len(set(together)) > 1, "the check can fail: answers differ"
+
+
+def make_picture(size):
+    """Returns a picture of colour gradients. (Noise would be resized to one grey.)"""
+    x, y = np.arange(size[0])[None, :], np.arange(size[1])[:, None]
+    colors = [(3 * x + 5 * y) % 256, (x * x // 7 + 2 * y) % 256, ((x ^ y) * 37) % 256]
+    return Image.fromarray(np.stack(colors, axis=-1).astype(np.uint8))
 
 
 def build_internvl2(folder):
@@ -203,14 +232,8 @@ def build_qwen2_vl(folder, tied=True, kind="qwen2_vl"):
             "rms_norm_eps": 1e-6, "rope_theta": 1e6, "max_position_embeddings": 4096,
             "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
             "initializer_range": 0.08, "tie_word_embeddings": tied, "vision_config": vision}
-    (folder / "config.json").write_text(json.dumps(flat | write_qwen2_vl_tokenizer(folder)))
-    lvlm = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder))
     names = {"model.language_model.": "model.", "model.visual.": "visual."}
-    tensors = published_names(lvlm, names)
-    if tied:
-        tensors.pop("lm_head.weight")
-    save_file(tensors, folder / "model.safetensors")
-    return folder
+    return save_published(folder, flat | write_qwen2_vl_tokenizer(folder), names, tied)
 
 
 def write_qwen2_vl_tokenizer(folder):
@@ -222,13 +245,17 @@ def write_qwen2_vl_tokenizer(folder):
     return {f"{key}_token_id": special[f"<|{name}|>"] for key, name in names.items()}
 
 
-def published_names(lvlm, names):
-    """Returns {name: tensor} of an LVLM as it is published; names: how they begin, {now: then}."""
-    tensors = {}
-    for name, tensor in lvlm.state_dict().items():
+def save_published(folder, config, names, tied=False):
+    """Writes an LVLM with random weights; names: how published ones begin, {now: then}."""
+    (folder / "config.json").write_text(json.dumps(config))
+    config, tensors = AutoConfig.from_pretrained(folder), {}
+    config.tie_word_embeddings = tied
+    for name, tensor in AutoModelForImageTextToText.from_config(config).state_dict().items():
         start = next((start for start in names if name.startswith(start)), "")
-        tensors[names.get(start, "") + name.removeprefix(start)] = tensor
-    return tensors
+        if not tied or name != "lm_head.weight":
+            tensors[names.get(start, "") + name.removeprefix(start)] = tensor
+    save_file(tensors, folder / "model.safetensors")
+    return folder
 
 
 # Of the processors of OpenGVLab/InternVL3-1B-hf and InternVL3_5-1B-HF
@@ -275,16 +302,11 @@ def build_internvl3(folder, llm="qwen2"):
     vision = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
               "intermediate_size": 64, "image_size": [56, 56], "patch_size": [14, 14],
               "attention_bias": True, "use_mean_pooling": True, "initializer_range": 0.08}
-    (folder / "config.json").write_text(json.dumps(
-        {"model_type": "internvl", "architectures": ["InternVLForConditionalGeneration"],
-         "downsample_ratio": 0.5, "image_seq_length": 4, "image_token_id": 195,
-         "projector_hidden_act": "gelu", "text_config": text, "vision_config": vision,
-         "vision_feature_layer": -1, "vision_feature_select_strategy": "default"}))
-    config = AutoConfig.from_pretrained(folder)
-    config.tie_word_embeddings = False
-    lvlm = AutoModelForImageTextToText.from_config(config)
-    save_file(published_names(lvlm, INTERNVL3_NAMES), folder / "model.safetensors")
-    return folder
+    return save_published(folder, {
+        "model_type": "internvl", "architectures": ["InternVLForConditionalGeneration"],
+        "downsample_ratio": 0.5, "image_seq_length": 4, "image_token_id": 195,
+        "projector_hidden_act": "gelu", "text_config": text, "vision_config": vision,
+        "vision_feature_layer": -1, "vision_feature_select_strategy": "default"}, INTERNVL3_NAMES)
 
 
 def build_lvlm_folder(family, folder):

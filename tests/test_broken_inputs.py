@@ -4,11 +4,7 @@ After a refusal nothing is half-written, and nothing that was there is lost. Som
 by hand, others are drawn by a seed: bits flipped, files cut, values of another type.
 """
 
-import base64
-import gzip
 import io
-import itertools
-import json
 import random
 import re
 import resource
@@ -25,24 +21,16 @@ import pytest
 import soundfile
 from conftest import build_internvl2, build_whisper, run_here, save_runs
 from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import load_file, save
 
-from model import OLLM
-from plumbing import runs
 from plumbing.files import write_json_lines
 
 BAR = re.compile(r"\d+%\||\d+\w+ \[\d\d:\d\d")  # of tqdm
+TOO_FAR = re.compile("MemoryError|allocate|Ghostscript")  # more was tried than reading it
 USAGE = re.compile(r"\S+ ?\w*: error: ")  # of argparse
 TRAIN = ("train.py", "--init", "run", "--data", "part", "--out", "out", "--device", "cpu",
          "--max-steps", 1, "--global-batch", 4)
 ALIGN = ("train.py", "--preset", "internvl2-1b", "--stage", "audio-text", *TRAIN[3:],
          "--init", "internvl2", "--whisper", "whisper")
-BROKEN_JSON = (b"", b"{", b"[]", b"3", b"null", b'"settings"', b"\xff\xfe{\x00}\x00",
-               b"[" * 100_000, b'{"a": 1' + b"0" * 10_000 + b"}")
-ODD = (None, [], {}, "x", 3, -1, 0, 0.5, True, [1, 2], {"a": 1}, ...)  # ...: left out
-
-VALUES = (*ODD, "a\0b", "x" * 5000, "..", 1e300, 1e999, float("nan"))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -59,12 +47,6 @@ def bounds():
     resource.setrlimit(resource.RLIMIT_AS, before)
 
 
-@pytest.fixture(params=[5, pytest.param(None, marks=pytest.mark.slow)], ids=["some", "all"])
-def most(request):
-    """How many cases of a kind to try; None: all."""
-    return request.param
-
-
 @pytest.fixture(scope="module")
 def place(world, tmp_path_factory):
     """A base, a run, a prepared folder of three lines, an LVLM and a Whisper, to be spoilt."""
@@ -76,13 +58,6 @@ def place(world, tmp_path_factory):
     build_internvl2(folder)
     build_whisper(folder / "whisper")
     return folder
-
-
-@pytest.fixture
-def answers(monkeypatch):
-    """Every model answers all questions alike, without thinking."""
-    monkeypatch.setattr(OLLM, "answer", lambda ollm, samples, forms, **options: {
-        form: ["i see a red circle"] * len(samples) for form in forms})
 
 
 # ---- the property --------------------------------------------------------------------------------
@@ -105,10 +80,13 @@ def end(command, cwd):
 
 
 def problems(case, code, lines, named, must):
-    """Returns a list of what is wrong with how a command ended; see try_contents."""
+    """Returns a list of what is wrong with how a command ended.
+
+    named: a pattern that the error must have; must: "refused" or "handled", if only one is right
+    """
     result, last, wrong = "refused" if code else "handled", "".join(lines[-1:]), []
     one_line = code == 1 and len(lines) == 1 and last.startswith("error: ")
-    if code and not one_line and not (code == 2 and USAGE.match(last)) or "MemoryError" in last:
+    if code and not one_line and not (code == 2 and USAGE.match(last)) or TOO_FAR.search(last):
         wrong.append("not refused in one line")
     if code and not re.search(named, last):
         wrong.append(f"does not name {named}")
@@ -126,35 +104,6 @@ def checksums(folder):
             or path.name in ("samples.jsonl", "ollm.json") or path.suffix == ".tmp"}
 
 
-def put(path, content):
-    """Writes bytes, text or something for JSON to a file; None takes it away."""
-    path.parent.mkdir(exist_ok=True)
-    path.unlink(missing_ok=True)
-    if content is not None:
-        content = content if isinstance(content, (bytes, str)) else json.dumps(content)
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-
-
-def try_contents(path, contents, command, cwd, must=None, named=None, most=None):
-    """Runs `command` with each of the contents in the file, or with `most` drawn ones.
-
-    must: "refused" or "handled", if only one is right
-    named: pattern that the error must have, if not the file's name
-    """
-    wrong, original = [], path.read_bytes() if path.exists() else None
-    for content in random.Random(0).sample(contents, min(most or len(contents), len(contents))):
-        put(path, content)
-        before = checksums(cwd)
-        code, lines, _ = end(command, cwd)
-        wrong += problems(content, code, lines, path.name if named is None else named, must)
-        if code and checksums(cwd) != before:
-            wrong.append(f"{content!r:.700}: has changed {checksums(cwd).items() ^ before.items()}")
-        put(path, original)
-        for left in ("out", "half", "runs", "base/predictions"):
-            shutil.rmtree(cwd / left, ignore_errors=True)
-    assert not wrong, "\n".join(wrong)
-
-
 def cuts(content):
     """Returns a file's bytes, cut at several places."""
     return [content[:n * len(content) // 10] for n in (0, 1, 5, 9)] + [content[:1], content[:-1]]
@@ -165,17 +114,6 @@ def flips(content, rng, count, end=None):
     places = [rng.randrange(end or len(content)) for _ in range(count)]
     return [content[:place] + bytes([content[place] ^ 1 << rng.randrange(8)]) + content[place + 1:]
             for place in places]
-
-
-def write_number(content, place, number, form="<I"):
-    """Returns the bytes with a number written over a place."""
-    packed = struct.pack(form, number)
-    return content[:place] + packed + content[place + len(packed):]
-
-
-def change(value, key, new):
-    """Returns a copy of a dict with another value at a key; ... leaves it out."""
-    return {k: v for k, v in value.items() if k != key} | ({} if new is ... else {key: new})
 
 
 # ---- pictures and recordings ---------------------------------------------------------------------
@@ -195,11 +133,13 @@ def png_claiming(*size):
     return whole[:12] + header + struct.pack(">I", zlib.crc32(header)) + whole[33:]
 
 
-def sound(format="WAV", rate=16_000, seconds=0.5, channels=1, value=None, **options):
-    """Returns a recording as a file's bytes: noise, or one value throughout."""
+def sound(format="WAV", rate=16_000, seconds=0.5, channels=1, value=None, wave=None, **options):
+    """Returns a recording as a file's bytes: a wave, one value throughout, or noise."""
     file, shape = io.BytesIO(), (round(seconds * rate), channels)
-    noise = np.random.default_rng(0).normal(0, 0.1, shape)
-    wave = noise if value is None else np.full(shape, float(value))
+    if wave is None and value is None:
+        wave = np.random.default_rng(0).normal(0, 0.1, shape)
+    elif wave is None:
+        wave = np.full(shape, float(value))
     soundfile.write(file, wave, rate, format=format, **options)
     return file.getvalue()
 
@@ -251,8 +191,14 @@ def test_pictures(tmp_path):
     try_files("image", tmp_path, formats, good, bad)
 
 
+def write_number(content, place, number, form="<I"):
+    """Returns the bytes with a number written over a place."""
+    packed = struct.pack(form, number)
+    return content[:place] + packed + content[place + len(packed):]
+
+
 def test_recordings(tmp_path):
-    wav, flac = sound(), sound("FLAC")
+    wav, flac, noise = sound(), sound("FLAC"), np.random.default_rng(0).normal(0, 0.1, 8000)
     formats = {form: sound(form, 24_000) for form in (
         "WAV", "FLAC", "OGG", "MP3", "AIFF", "AU", "W64", "RF64", "WAVEX", "CAF")}
     formats |= {"opus": sound("OGG", 24_000, subtype="OPUS"),
@@ -261,229 +207,30 @@ def test_recordings(tmp_path):
     good = {f"{rate} Hz.flac": sound("FLAC", rate) for rate in (8_000, 11_025, 44_100, 96_000)}
     good |= {"6 channels.wav": sound(channels=6), "24 bit.flac": sound("FLAC", subtype="PCM_24"),
              "30 s.wav": sound(seconds=30), "one sample.wav": sound(seconds=1 / 16_000)}
+    # A stream's writer does not know its end: ffmpeg, sox and arecord write so into a pipe.
+    good |= {f"stream {n}.wav": write_number(write_number(wav, 4, n), 40, n)
+             for n in (2**32 - 1, 2**31 - 1, 2**31)}
+    good |= {"loud.wav": sound(wave=4 * noise, subtype="FLOAT"),
+             "one side.wav": sound(wave=np.stack([noise, 0 * noise], 1)),
+             "half against.wav": sound(wave=np.stack([noise, -0.5 * noise], 1))}
     bad = {f"{rate} Hz.wav": write_number(wav, 24, rate) for rate in (0, 1, 16_001, 2**31 - 1)}
     bad |= {f"{value}.wav": sound(value=value, subtype="FLOAT") for value in (np.nan, np.inf)}
     bad |= {"long.wav": sound(seconds=31, rate=8_000), "no samples.wav": sound(seconds=0),
             "too loud.wav": sound(value=1e300, subtype="DOUBLE"), "empty.flac": b"",
             "text.wav": b"no sound\n", "picture.flac": picture(), "folder.wav": Path.mkdir,
-            "2^36 samples.flac": flac[:21] + bytes([flac[21] | 15]) + b"\xff" * 4 + flac[26:]}
+            "2^36 samples.flac": flac[:21] + bytes([flac[21] | 15]) + b"\xff" * 4 + flac[26:],
+            "no length.flac": flac[:21] + bytes([flac[21] & 240, 0, 0, 0, 0]) + flac[26:],
+            "no length.nist": sound("NIST", seconds=8)[:100_000]}
+    bad |= {f"{n} times.wav": sound(wave=n * noise, subtype="DOUBLE") for n in (128, 32_767)}
+    bad |= {f"channels {n}.wav": sound(wave=np.stack([noise, -n * noise], 1)) for n in (0.99, 1)}
+    # Cut off: the words of all of it would stand beside what is left.
+    for form, subtype in (*((form, None) for form in list(formats)[:10]), ("OGG", "OPUS"),
+                          ("WAV", "IMA_ADPCM"), ("WAV", "ULAW"), ("WAVEX", "PCM_24")):
+        whole = sound(form, seconds=8, subtype=subtype)
+        good[f"whole {subtype}.{form}"] = whole
+        bad |= {f"{share} of {subtype}.{form}": whole[: int(share * len(whole))]
+                for share in (0.95, 0.4)}
     try_files("audio", tmp_path, formats, good, bad)
-
-
-# ---- lines of samples.jsonl ----------------------------------------------------------------------
-
-
-def test_lines_of_samples(place, most):
-    path = place / "part/samples.jsonl"
-    first, line, third = path.read_bytes().splitlines()
-    good, long = json.loads(line), "red " * 25_000
-    paths = ("", "../part/samples.jsonl", "/etc/passwd", "..", ".", "a\0b", "x" * 5000, "no/such",
-             "images", "samples.jsonl")
-    refused = [{**good, key: value} for key, value in [
-        *itertools.product(("image", "question", "audio", "answer"), (None, 3, [], {}, True)),
-        *itertools.product(("question", "answer"), ("", " \n\t", long)),
-        *itertools.product(("image", "audio"), paths), ("phase", None), ("phase", "x")]]
-    refused += [change(good, key, ...) for key in ("question", "audio", "answer")]
-    refused += [*BROKEN_JSON, line[:-9], b"   ", b'{"id": "\xff"}', line * 2, line + b"\0"]
-    handled = [{**good, key: "red \u202e\u0301 \U0001f600"} for key in ("id", "question", "answer")]
-    handled += [{**good, "more": [None]}, line + b"\r", b"  " + line + b" \t"]
-    either = [{**good, key: "red \0 circle"} for key in ("id", "question", "answer")]
-    either.append({**good, "question": "<img><IMG_CONTEXT></img><|im_end|>"})
-    for lines, must in ((refused, "refused"), (handled, "handled"), (either, None)):
-        lines = [new if isinstance(new, bytes) else json.dumps(new).encode() for new in lines]
-        try_contents(path, [b"\n".join([first, new, third]) for new in lines], TRAIN, place, must,
-                     "samples.jsonl:2:", most and 2 * most)
-    files = [None, b"", b"\n\n", bytes(500), picture(), path.read_text().encode("utf-16")]
-    try_contents(path, files, TRAIN, place, "refused")
-
-
-def test_lines_that_are_scored(place, most, answers):
-    path, contents = place / "part/samples.jsonl", []
-    first, second, third = path.read_text().splitlines()
-    line = {**json.loads(second), "label": "a red circle", "false": "blue", "scene": "a red circle"}
-    keys, kinds = ("label", "scene", "kind", "false"), ("color", "description", "relation")
-    for kind, key, value in itertools.product(kinds, keys, ODD):
-        odd = json.dumps(change({**line, "kind": kind}, key, value))
-        contents.append(f"{first}\n{odd}\n{third}\n")
-    for script in ("eval.py", "mmalign.py"):
-        try_contents(path, contents, (script, "run", "--data", "part"), place, None, "part", most)
-
-
-# ---- runs, checkpoints and models ----------------------------------------------------------------
-
-
-def try_weights(path, command, place, named, most):
-    """Runs `command` with a broken safetensors file. A flipped bit may pass, but not raise."""
-    content, tensors = path.read_bytes(), load_file(path)
-    first = sorted(name for name in tensors if "decoder" not in name)[0]
-    broken = [*cuts(content), with_tensors(change(tensors, first, ...), path)]
-    broken += [write_number(content, 0, number, "<Q") for number in (0, 10**8, 2**60)]
-    try_contents(path, broken, command, place, "refused", named, most)
-    header = 8 + int.from_bytes(content[:8], "little")
-    flipped = flips(content, random.Random(5), 20, header)
-    try_contents(path, flipped, command, place, None, named, most)
-
-
-def with_tensors(tensors, path, **metadata):
-    """Returns the bytes of a safetensors file like that at `path`, with other content."""
-    with safe_open(path, framework="pt") as file:
-        return save(tensors, {**file.metadata(), **metadata})
-
-
-@pytest.mark.parametrize("folder, command, names", [
-    ("run", TRAIN, ("config.json", "preprocessor_config.json")),
-    ("base", TRAIN, ("config.json", "tokenizer.json", "tokenizer_config.json")),
-    ("internvl2", ALIGN, ("config.json", "tokenizer_config.json", "vocab.json")),
-    ("whisper", ALIGN, ("config.json", "preprocessor_config.json")),
-])
-def test_models(place, most, folder, command, names):
-    """A run, its base, an InternVL2 in its original layout, and a Whisper."""
-    rng, named = random.Random(7), f"{folder}|samples.jsonl"
-    try_weights(place / folder / "model.safetensors", command, place, folder, most)
-    for path in (place / folder / name for name in names):
-        value = json.loads(path.read_text())
-        pairs = [(rng.choice(list(value)), rng.choice(ODD)) for _ in range(50)]
-        odd = [None, *(change(value, *pair) for pair in pairs)]
-        try_contents(path, odd, command, place, None, named, most)
-        try_contents(path, list(BROKEN_JSON), command, place, "refused", folder, most)
-
-
-def test_other_files_of_an_internvl2(place):
-    index = ["", [], {}, {"weight_map": []}, {"weight_map": {"a": 3}}]
-    merges = [None, b"", b"\xff\xfe", b"#version: 0.2\na\n", b"a b c d\n"]
-    for name, contents in (("model.safetensors.index.json", index), ("merges.txt", merges)):
-        try_contents(place / "internvl2" / name, contents, ALIGN, place, None, "internvl2")
-
-
-def test_what_a_run_says_of_itself(place):
-    path = place / "run/ollm.json"
-    about = json.loads(path.read_text())
-    contents = [*BROKEN_JSON, *(change(about, key, ...) for key in about)]
-    contents += [{**about, "base": base} for base in (
-        "", ".", "/", "/etc/passwd", "../part", "a\0b", "x" * 5000, "no/such", "../run")]
-    contents.append({**about, "base_fingerprint": "0" * 64})
-    for command in (TRAIN, ("eval.py", "run", "--data", "part")):
-        try_contents(path, contents, command, place, "refused", "")
-
-
-def test_checkpoints(place, most, monkeypatch):
-    """A training is interrupted after its first step, and its checkpoint is then broken."""
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    command = (*TRAIN, "--max-steps", 2, "--global-batch", 2, "--save-every", 1, "--out", "half")
-    with monkeypatch.context() as patch:
-        patch.setattr(runs, "save", interrupt)
-        assert run_here(*command, cwd=place).returncode == 130
-    path = place / "half/checkpoint.safetensors"
-    whole, about = path.read_bytes(), json.loads(safe_open(path, "pt").metadata()["about"])
-    odd = ["", [], 3, {**about, "step": 9}, *(change(about, key, ...) for key in about)]
-    odd += [{**about, "config": {**about["config"], key: 0.5}} for key in ("alpha", "data", "init")]
-    contents = [with_tensors(load_file(path), path, about=json.dumps(new)) for new in odd]
-    try_weights(path, command, place, "half", most)
-    try_contents(path, contents, command, place, "refused", "half")
-    try_contents(path, [whole], command, place, "handled")
-
-
-# ---- benchmarks and sources ----------------------------------------------------------------------
-
-IMAGE = base64.b64encode(picture()).decode()
-TSV = ("index\timage\tquestion\tanswer\tsplit\n"
-       f"0\t{IMAGE}\twhat\t['a']\tval\n1\t0\twhich\tb\tval\n")
-
-
-def test_benchmarks(place, most, answers):
-    path, command = place / "DocVQA_VAL.tsv", ("eval.py", "base", "--bench", "DocVQA_VAL.tsv")
-    bad = [None, b"", TSV[:20], picture(), TSV.encode("utf-16"), TSV.encode() + b"\xff\t\n"]
-    bad += [TSV.replace(*pair) for pair in (
-        ("index", "number"), ("image", "picture"), ("question", "words"), ("\tb\tval", "\tb"),
-        ("\tb\tval", "\tb\tval\t7"), ("\tb\t", "\t\t"), ("which", ""), ("\n1\t", "\n0\t"),
-        ("\t0\t", "\t7\t"), (IMAGE, "x" * 99), (IMAGE, IMAGE[:99]), (IMAGE, ""))]
-    well = [TSV, b"\xef\xbb\xbf" + TSV.encode(), TSV.replace("\n", "\r\n")]
-    well += [TSV.replace("['a']", new) for new in ("[" * 9999, "nan", "['\\d', 1e999]")]
-    try_contents(path, bad, command, place, "refused", most=most)
-    try_contents(path, well, command, place, "handled", most=most)
-    try_contents(path, cuts(TSV), command, place)
-
-
-def test_sources(place, most):
-    turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "That."}]
-    dialogue = {"image": "000000.png", "conversations": turns}
-    row = {"image_path": "000000.png", "true_caption": "the red star", "relation_name": "above",
-           "false_caption": "the blue star", **{f"bbox_{side}": 9 for side in "xywh"}}
-    rows, path = [dialogue, row, {**row, "true_caption": "the green star"}], place / "file.json"
-    put(place / "good.json", rows)
-    llava = ("data.py", "llava", "--annotations", path.name, "--tts", "espeak")
-    aro = ("mmalign.py", "build", "--relation", path.name, "--attribution", "good.json", "--n", 2)
-    values = (*ODD, "a\0b", "x" * 5000, "../part", 1e999, float("nan"), [{"from": []}] * 2)
-    for good, command in ((dialogue, llava), (row, aro)):
-        command = (*command, "--images", "part/images", "--out", "out")
-        odd = [change(good, *pair) for pair in itertools.product(good, values)] + [*ODD[:-1]]
-        try_contents(path, [odd + rows], command, place, "handled")
-        try_contents(path, [None, *BROKEN_JSON], command, place)
-
-
-def test_tables_of_recordings(place, most):
-    path, row = place / "x.jsonl", {"audio": "audio/000000.flac", "text": "red circle"}
-    command = ("data.py", "manifest", "--manifest", "x.jsonl", "--root", "part", "--out", "out")
-    columns = ("audio", "text", "id", "start", "seconds", "end", "duration", "offset", "channel")
-    lines = [change(row, *pair) for pair in itertools.product(columns, VALUES)]
-    contents = [f"{json.dumps(row)}\n{json.dumps(line)}" for line in lines]
-    try_contents(path, contents, command, place, most=most)
-    try_contents(path, list(BROKEN_JSON[1:]), command, place, "refused")
-
-
-def test_tables_in_text(place, most):
-    """Common Voice's and a manifest's TSV: bits flipped, cut, marked, packed."""
-    clip, rng = "audio/000000.flac", random.Random(0)
-    commonvoice = (f"client_id\tpath\tsentence\tup_votes\na\t{clip}\tRed circle.\t2\n"
-                   "b\taudio/000001.flac\tA blue star!\t0\n")
-    manifest = (f"id\taudio\ttext\tstart\tseconds\nx\t{clip}\tred\t0.1\t0.5\n"
-                f"y\t{clip}\tblue\t\t0.25\nz\t{clip}\tstar\t0.2\t\n")
-    to = ("part", "--out", "out")
-    for name, text, command in (
-            ("x.tsv", commonvoice, ("data.py", "commonvoice", "--tsv", "x.tsv", "--clips", *to)),
-            ("y.tsv", manifest, ("data.py", "manifest", "--manifest", "y.tsv", "--root", *to))):
-        whole, bad = text.encode(), [None, b"a\tb\n1\t2\n", picture(), text.encode("utf-16"), b""]
-        bad += [text[:-1].rpartition("\t")[0], text + "x", text.replace("\t", ",")]
-        well = [whole, b"\xef\xbb\xbf" + whole, text.replace("\n", "\r\n"), whole + b"\n\n"]
-        try_contents(place / name, bad, command, place, "refused")
-        try_contents(place / name, well, command, place, "handled")
-        odd = [bytes(500), *cuts(whole), *flips(whole, rng, 150), *flips(whole, rng, 30, end=50)]
-        try_contents(place / name, odd, command, place, most=most)
-        packed, command = gzip.compress(whole), [f"{word}.gz" if word == name else word
-                                                 for word in command]
-        odd = [*cuts(packed)[:-1], *flips(packed, rng, 40)]
-        try_contents(place / f"{name}.gz", odd, command, place, most=most)
-
-
-def nested(value, new):
-    """Yields copies of a JSON value, in each of which another part of it is replaced by `new`."""
-    if not isinstance(value, (dict, list)):
-        return
-    for key, part in list(value.items() if isinstance(value, dict) else enumerate(value)):
-        for changed in (new, *nested(part, new)):
-            copy = value.copy()
-            copy[key] = changed
-            if changed is ...:
-                del copy[key]
-            yield copy
-
-
-def test_lhotse_s_cuts(place, most):
-    """Every part of a cut is replaced by every odd value."""
-    cut = {"id": "x", "start": 0.1, "duration": 0.5, "channel": 0, "type": "MonoCut",
-           "supervisions": [{"id": "x", "start": 0.1, "duration": 0.25, "text": "red",
-                             "custom": {"texts": ["Blue."]}}],
-           "recording": {"id": "x", "sampling_rate": 16_000, "transforms": [], "sources": [
-               {"type": "file", "channels": [0], "source": "audio/000000.flac"}]}}
-    path, command = place / "z.jsonl", ("data.py", "manifest", "--manifest", "z.jsonl", "--root",
-                                        "part", "--out", "out")
-    cuts = [changed for value in VALUES for changed in nested(cut, value)]
-    contents = [f"{json.dumps(cut)}\n{json.dumps({'id': 'y', **changed})}" for changed in cuts]
-    contents = [content.replace('"id": "x"', '"id": "first"', 1) for content in contents]
-    try_contents(path, contents, command, place, most=most and 4 * most)
-    try_contents(path, [json.dumps(cut), json.dumps({**cut, "id": 3})], command, place, "handled")
 
 
 # ---- command lines -------------------------------------------------------------------------------
@@ -511,12 +258,16 @@ COMMANDS = """
     eval.py run --batch -1; eval.py run --show -1; eval.py run --bench MME.tsv --max-new-tokens 0
     data.py shapes --n 0; data.py shapes --n -5; data.py shapes --scenes 0; data.py shapes --test 0
     data.py shapes --clips -1; data.py shapes --label-noise 1.5; data.py shapes --label-noise nan
-    data.py shapes --other-hand -1; data.py librispeech --root part --out out --n 0
+    data.py shapes --paraphrase -1; data.py librispeech --root part --out out --n 0
     data.py librispeech --root part --out out --n -3
     data.py librispeech --root part --out out --seed 99999999999999999999
     mmalign.py build --images part --relation x --attribution x --out out --n 0
     mmalign.py build --images part --relation x --attribution x --out out --n -2
     data.py speak red --out part; data.py speak red --out x.y; data.py shapes --out run/ollm.json
+    data.py shapes --parts none; data.py tea; data.py speak red --voice martian
+    train.py --preset internvl2-1b --stage vision-text; ALIGN --init OpenGVLab/InternVL2-1B
+    analysis.attention base; analysis.attention ./run run; analysis.probe base; TRAIN --init base
+    mmalign.py build --images part --relation x --attribution x --out out --tts parrot
 """
 
 
@@ -526,5 +277,11 @@ def test_command_lines(place, line):
     words = {"TRAIN": TRAIN, "ALIGN": ALIGN, "PICTURE": ["part/images/000000.png"]}
     for name, arguments in words.items():
         line = line.replace(name, " ".join(map(str, arguments)))
-    command = line.split()
-    try_contents(place / "none", [None], command, place, "refused", command[-1])
+    command, before = line.split(), checksums(place)
+    code, lines, _ = end(command, place)
+    wrong = problems(line, code, lines, command[-1], "refused")
+    if checksums(place) != before:
+        wrong.append(f"has changed {checksums(place).items() ^ before.items()}")
+    for left in ("out", "runs"):
+        shutil.rmtree(place / left, ignore_errors=True)
+    assert not wrong, "\n".join(wrong)

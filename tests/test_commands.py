@@ -12,7 +12,7 @@ from torch.distributed.run import get_args_parser
 
 # The launcher and its options, the script or module, and words or "quoted words" as far as a
 # comment, a pipe or the end.
-SCRIPT = r"(?:\w+\.py|-m (?:course|(?:analysis|world)\.\w+))"
+SCRIPT = r"(?:\w+\.py|-m (?:course|(?:analysis|benchmarks|world)\.\w+))"
 WORD = r"""(?:"[^"]*"|[^\s;`)|#"]+)"""
 COMMAND = rf"(?:torchrun|python)(?: (?!-m )[^\s;`)|#]+)*? {SCRIPT}(?: {WORD})*"
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("docs/*.ipynb")]
@@ -74,18 +74,25 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_pointers_lead_to_what_they_name():
-    pointers = re.findall(r"\[`(\w+)`\]\((\w+\.py)#L(\d+)\)", README)
+    pointers = re.findall(r"\[`(\w+)`\]\((\w+\.py)\)", README)
     assert len(pointers) >= 5
-    for name, file, line in pointers:
-        text = (ROOT / file).read_text().splitlines()[int(line) - 1]
-        assert f"def {name}(" in text, f"{name}: {file}, line {line}"
+    for name, file in pointers:
+        assert f"def {name}(" in (ROOT / file).read_text(), f"{name}: {file}"
+
+
+def anchors(path):
+    """Returns the anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"(?m)^#+ (.+)", read_page(path))
+    return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
 
 
 def test_links_and_pictures_are_there_and_nothing_is_left_to_fill_in():
     for path in PAGES:
         text = read_page(path)
-        for link in re.findall(r"\]\((?!http|#)([^)#]+)(?:#[^)]*)?\)", text):
-            assert (path.parent / link).exists(), f"{path.name}: {link}"
+        for link, anchor in re.findall(r"\]\((?!http)([^)#]*)(?:#([^)]*))?\)", text):
+            page = path.parent / link if link else path
+            assert page.exists(), f"{path.name}: {link}"
+            assert not anchor or anchor in anchors(page), f"{path.name}: {link}#{anchor}"
         assert not re.findall(r"@[A-Z]+@|TODO|<!--", text), path.name
 
 

@@ -4,17 +4,20 @@ import json
 import random
 import shutil
 import statistics
+import subprocess
+import sys
 
 import pytest
-from conftest import read_lines, run_here
+from conftest import ROOT, read_lines, run_here
+from safetensors.torch import load_file, save_file
 
 import eval
 import mmalign
 from benchmarks import words
-from plumbing.files import BadInput
-from plumbing.tables import seed_interval
+from model import OLLM
+from plumbing.files import BadInput, write_json_lines
 from world import shapes
-from world.answers import is_in_the_bases_words, is_of_the_kind, names_what_is_there
+from world.answers import has_answer_type, is_in_base_style, names_scene_content
 
 
 def score_answer(row, answer):
@@ -80,14 +83,6 @@ def test_mmalign_wants_the_true_sentence_and_not_the_false_one():
     assert score_answer(row, "a star above a circle or a circle above a star") == 0
 
 
-def test_the_interval_over_five_seeds_is_the_textbooks():
-    """docs/results.md, Self-KD 0.75 - SFT by seed; by scipy's ttest_1samp +1.7 to +15.1."""
-    zero, gains = [[0.0]] * 5, [[0.134], [0.144], [0.056], [0.016], [0.072]]
-    (mean, low, high), _ = seed_interval(zero, gains)
-    assert (mean, low, high) == pytest.approx((8.44, 1.74, 15.14), abs=0.005)
-    assert seed_interval([[1.0, 0.0]], [[1.0, 0.0]])[0] == (0, 0, 0)
-
-
 def test_the_example_is_a_question_that_only_the_second_answers_rightly(capsys):
     rows = [{"question": str(i), "label": "red", "folder": "f", "image": f"{i}.png", "text": "red",
              "audio": audio, "transcript": None}
@@ -108,8 +103,9 @@ def test_the_example_is_a_question_that_only_the_second_answers_rightly(capsys):
     eval.print_example({"aligned": aligned, "SFT": rows, "KD 0.75": better}, score_row)
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert lines == ["KD 0.75 is right and SFT wrong: 2 questions. The other way round: 1.",
-                     "The first: 1? (red) f/1.png", "base in writing red",
-                     "aligned aloud zero (heard: heard 1)", "SFT aloud blue", "KD 0.75 aloud red"]
+                     "The first: 1? (red)", "f/1.png", "base text red",
+                     "aligned speech zero (transcript: heard 1)", "SFT speech blue",
+                     "KD 0.75 speech red"]
 
     eval.print_example({"SFT": rows, "KD 1": rows}, score_row)
     assert capsys.readouterr().out.splitlines() == [
@@ -118,23 +114,23 @@ def test_the_example_is_a_question_that_only_the_second_answers_rightly(capsys):
 
 def test_answers_of_the_asked_kind_and_in_the_bases_words(rows):
     asked = [row for row in rows if row["kind"] in shapes.KINDS]
-    assert all(is_of_the_kind(row, row["answer"]) for row in asked)
-    assert all(is_in_the_bases_words(row, row["answer"]) for row in asked)
+    assert all(has_answer_type(row, row["answer"]) for row in asked)
+    assert all(is_in_base_style(row, row["answer"]) for row in asked)
     for row in asked:
         other = f"you see {row['label']} there"
-        assert is_of_the_kind(row, other) and not is_in_the_bases_words(row, other)
-        assert not is_of_the_kind(row, "the there") and not is_in_the_bases_words(row, "the there")
+        assert has_answer_type(row, other) and not is_in_base_style(row, other)
+        assert not has_answer_type(row, "the there") and not is_in_base_style(row, "the there")
     color, = [row for row in asked if row["kind"] == "color"][:1]
-    assert not is_of_the_kind(color, "it is two") and not is_in_the_bases_words(color, "it is two")
+    assert not has_answer_type(color, "it is two") and not is_in_base_style(color, "it is two")
 
 
 def test_a_wrong_answer_that_names_something_of_the_picture():
     sample = {"where": "", "question": "what color is the circle",
               "scene": "a red circle and a blue star"}
-    assert names_what_is_there(sample, "the star is blue") and names_what_is_there(sample, "red")
-    assert not names_what_is_there(sample, "the circle is green"), (
+    assert names_scene_content(sample, "the star is blue") and names_scene_content(sample, "red")
+    assert not names_scene_content(sample, "the circle is green"), (
         "the circle stands in the question already")
-    assert not names_what_is_there(sample, "yes there is") and not names_what_is_there(sample, "")
+    assert not names_scene_content(sample, "yes there is") and not names_scene_content(sample, "")
 
 
 # ---- any folder ----
@@ -182,7 +178,7 @@ def test_answers_agree_word_for_word_and_silence_with_nothing():
     summary = words.agreement(rows)
     assert summary["text"] == {"as the label says": pytest.approx(200 / 3)}
     assert summary["audio"] == {"as the label says": pytest.approx(100 / 3),
-                                "as in writing": pytest.approx(200 / 3)}
+                                "as with text": pytest.approx(200 / 3)}
 
 
 def cells(line):
@@ -191,16 +187,15 @@ def cells(line):
 
 
 def test_a_folder_of_speech_gives_the_word_error_rate(world, start, tmp_path):
-    """It was asked what colour the circle is."""
     shutil.copytree(start, tmp_path / "start")
     done = run_here("eval.py", "start/base", "start/audio", "--data", world / "audio-text",
                     "--n", 6, "--show", 1, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    rows = read_lines(tmp_path / "start/audio/answers-WER.jsonl")
+    rows = read_lines(tmp_path / "start/audio/answers-WER-audio-text.jsonl")
     rate = words.error_rates(rows)["audio"]["word error rate"]
     title, header, _, first, _ = done.stdout.splitlines()[1:]
     assert title == "6 recordings a run; percent"
-    assert cells(header) == ["", "aligned, audio"], "a base cannot listen, nothing is in writing"
+    assert cells(header) == ["", "aligned, audio"], "a base cannot listen, nothing is asked as text"
     assert cells(first) == ["word error rate", f"{rate:.1f}"] and rate > 50
     assert [row["id"] for row in rows] == [f"{i:06}" for i in range(6)]
     assert not (tmp_path / "start/audio/answers-mean.jsonl").exists()
@@ -210,29 +205,26 @@ def test_a_folder_of_speech_gives_the_word_error_rate(world, start, tmp_path):
 
 
 def test_a_folder_of_other_questions_gives_agreement(world, start, tmp_path):
-    """It was refused: "has no question of the kinds color, shape, ..."."""
     shutil.copytree(start, tmp_path / "start")
     folder = shutil.copytree(world / "test", tmp_path / "questions")
     rows = [{key: row[key] for key in ("image", "audio", "question", "answer")}
             for row in read_lines(folder / "samples.jsonl")]
 
     # The label of every other row is what the base writes, so that half of the answers are right.
-    lines = "".join(json.dumps(row) + "\n" for row in rows[:6])
-    (folder / "samples.jsonl").write_text(lines)
+    write_json_lines(folder / "samples.jsonl", rows[:6])
     command = ("eval.py", "start/base", "start/audio", "--data", folder)
     assert run_here(*command, cwd=tmp_path).returncode == 0
-    kept = tmp_path / "start/audio/answers-agreement.jsonl"
+    kept = tmp_path / "start/audio/answers-agreement-questions.jsonl"
     for row, answered in list(zip(rows, read_lines(kept)))[::2]:
         row["label"] = answered["text"].upper() + "!"
-    lines = "".join(json.dumps(row) + "\n" for row in rows[:6])
-    (folder / "samples.jsonl").write_text(lines)
+    write_json_lines(folder / "samples.jsonl", rows[:6])
 
     done = run_here(*command, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     title, header, _, label, same = done.stdout.splitlines()
     assert title == "6 questions a run; percent of answers with the same words"
     assert cells(header) == ["", "text", "aligned, audio", "aligned, gap"]
-    assert cells(label)[:2] == ["as the label says", "50.0"] and cells(same)[0] == "as in writing"
+    assert cells(label)[:2] == ["as the label says", "50.0"] and cells(same)[0] == "as with text"
     agree = [words.agree(row["audio"], row["text"]) for row in read_lines(kept)]
     assert cells(same)[1:] == ["", f"{100 * statistics.fmean(agree):.1f}", ""]
 
@@ -241,7 +233,118 @@ def test_a_folder_of_both_is_refused_in_one_line(world, start, tmp_path):
     folder = shutil.copytree(world / "test", tmp_path / "both")
     rows = [{**row, "kind": "other"} for row in read_lines(folder / "samples.jsonl")]
     del rows[2]["question"]
-    (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_json_lines(folder / "samples.jsonl", rows)
     done = run_here("eval.py", start / "audio", "--data", folder, cwd=tmp_path)
     assert done.returncode == 1 and "samples.jsonl:3: has no question" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+# ---- answers that are kept ----
+
+KEPT = "answers-mean-questions.jsonl"
+
+
+@pytest.fixture
+def asked(world, start, tmp_path, monkeypatch):
+    """A function that asks start/audio twelve questions: the batches that its model was asked."""
+    shutil.copytree(start, tmp_path / "start")
+    folder = shutil.copytree(world / "test", tmp_path / "questions")
+    rows = [row for row in read_lines(folder / "samples.jsonl") if row["kind"] in shapes.KINDS]
+    write_json_lines(folder / "samples.jsonl", rows[:12])
+    answer, batches = OLLM.answer, []
+
+    def record(ollm, samples, forms=("text", "audio"), **options):
+        if set(forms) > {"audio"}:  # a transcript is of the same batch
+            batches.append([sample["id"] for sample in samples])
+            if len(batches) > most:
+                raise KeyboardInterrupt
+        return answer(ollm, samples, forms, **options)
+
+    def ask(*options, stop_after=99):
+        nonlocal most
+        most = stop_after
+        batches.clear()
+        done = run_here("eval.py", "start/audio", "--data", "questions", "--batch", 3,
+                        "--max-new-tokens", 5, *options, cwd=tmp_path)
+        assert done.returncode == (0 if stop_after == 99 else 130), done.stderr
+        return batches
+
+    most = 99
+    monkeypatch.setattr(OLLM, "answer", record)
+    return ask
+
+
+def change_line(folder, change):
+    """Changes the first line of a folder's samples.jsonl."""
+    lines = read_lines(folder / "samples.jsonl")
+    lines[0] |= change
+    write_json_lines(folder / "samples.jsonl", lines)
+
+
+def change_weights(folder):
+    path = folder.parent / "start/audio/model.safetensors"
+    save_file({name: 2 * tensor for name, tensor in load_file(path).items()}, path)
+
+
+def change_settings(folder):
+    path = folder.parent / "start/audio/ollm.json"
+    about = json.loads(path.read_text())
+    about["settings"]["audio_seconds"] = 6
+    path.write_text(json.dumps(about))
+
+
+def change_file(name):
+    """Returns a function that puts another line's file in place of the first line's."""
+    def change(folder):
+        first, *_, last = read_lines(folder / "samples.jsonl")
+        shutil.copy(folder / last[name], folder / first[name])
+    return change
+
+
+def change_nothing(folder):
+    pass
+
+
+@pytest.mark.parametrize("change, options, batches", [
+    (change_nothing, (), 0), (change_nothing, ("--n", 3), 0),
+    (lambda folder: change_line(folder, {"label": "green", "answer": "green"}), (), 0),
+    (lambda folder: change_line(folder, {"question": "what is red"}), (), 1),
+    (change_file("image"), (), 1), (change_file("audio"), (), 1), (change_weights, (), 4),
+    (change_settings, (), 4), (change_nothing, ("--max-tiles", 3), 4),
+    (change_nothing, ("--max-new-tokens", 2), 4)])
+def test_a_question_is_asked_anew_if_what_its_answer_depends_on_changed(
+        asked, tmp_path, change, options, batches):
+    assert len(asked()) == 4
+    change(tmp_path / "questions")
+    assert len(asked(*options)) == batches
+    kept = tmp_path / "start/audio" / KEPT
+    before, rows = kept.read_bytes(), read_lines(tmp_path / "questions/samples.jsonl")
+    assert [row["id"] for row in read_lines(kept)] == [row["id"] for row in rows]
+    assert asked(*options) == [] and kept.read_bytes() == before, "the others' answers stay"
+    if batches:
+        kept.unlink()
+        assert len(asked(*options)) == 4 and kept.read_bytes() == before
+
+
+def test_what_was_interrupted_goes_on_and_ends_with_the_same_bytes(asked, tmp_path):
+    whole = list(asked())
+    kept = tmp_path / "start/audio" / KEPT
+    before = kept.read_bytes()
+    kept.unlink()
+    asked(stop_after=2)
+    begun = kept.with_suffix(".begun.jsonl")
+    lines = begun.read_bytes().splitlines(keepends=True)
+    assert len(lines) == 6 and not kept.exists(), "it is there once it is whole"
+    begun.write_bytes(b"".join(lines[:5]) + lines[5][:20])
+    assert asked() == whole[1:], "half a batch is asked again as a whole"
+    assert kept.read_bytes() == before and not begun.exists()
+
+
+def test_two_commands_ask_one_run_at_once(world, start, tmp_path):
+    shutil.copytree(start, tmp_path / "start")
+    command = [sys.executable, ROOT / "eval.py", "start/audio", "--n", "20", "--data",
+               world / "test", "--batch", "1"]
+    both = [subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE) for _ in range(2)]
+    tables = [process.communicate(timeout=100)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0] and tables[0] == tables[1] != b""
+    assert len(read_lines(tmp_path / "start/audio/answers-mean-test.jsonl")) == 20

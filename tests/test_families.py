@@ -1,45 +1,39 @@
 """The paper's other base models: prompts, weights, positions and pictures against the originals.
 
-`fixtures/internvl2_tiny_internlm2` and `internvl2_tiny_phi3` are tiny checkpoints in OpenGVLab's
-layout, tokenizer included, and what the original code computed with them. Qwen2-VL is transformers'
+InternVL2's LLMs are compared with the original code in test_internvl2.py. Qwen2-VL is transformers'
 own, so its native pass over whole sequences, with its own positions, is the reference.
 `fixtures/prompt_reference_families.json` has token ids of prompts by the original tokenizers.
 """
 
 import json
-import math
 import os
-import resource
+import shlex
 import shutil
-import subprocess
-import sys
-import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import true_size
 from conftest import (
     FIXTURES,
     QWEN2_VL_TOKENS,
-    ROOT,
     build_lvlm_folder,
     build_whisper,
+    change_json,
     check_answers_do_not_depend_on_the_batch,
     collate,
+    expand,
+    read_lines,
     run_here,
-    run_script,
     write_tokenizer,
 )
 from PIL import Image
-from safetensors.torch import load_file, save_file
-from test_bench_tsv import write_benchmarks
+from test_bench_tsv import prepare, write_benchmarks
 from test_model import ANSWERS, QUESTIONS
 from transformers import AutoModelForImageTextToText, Qwen3VLConfig
 
 import data
-import train
 from analysis.bench import to_float64
 from data import IGNORE
 from loss import self_kd_loss
@@ -48,100 +42,12 @@ from plumbing import runs
 from plumbing.files import BadInput
 from plumbing.media import speak
 from real import checkpoints
-from real.families import BASES, CHATS, OLD_CHATS
+from real.families import CHATS, OLD_CHATS, PromptSettings
 from world.models import build_audio_encoder
 
 FAMILIES = ("qwen2", "llama", "phi3", "qwen2_vl", "untied", "qwen2_5_vl",  # untied: Qwen2-VL
             "internvl3", "internvl3_5")
 SIZES = ((64, 64), (56, 120), (140, 56), (100, 60))
-
-
-# ---- InternLM2 and Phi-3 against the original code ----
-
-
-@pytest.fixture(params=["internlm2", "phi3"])
-def original(request):
-    """Returns (OLLM, samples, reference) of a tiny checkpoint."""
-    folder = FIXTURES / f"internvl2_tiny_{request.param}"
-    reference = load_file(folder / "reference.safetensors")
-    rows = json.loads((folder / "fixture.json").read_text())["rows"]
-    pictures = reference["pixel_values"].split([row["tiles"] for row in rows])
-    samples = [{**row, "pixels": {"pixel_values": picture}} for row, picture in zip(rows, pictures)]
-    return OLLM.load(folder), samples, reference
-
-
-@torch.no_grad()
-def test_prompts_and_logits_are_the_original_codes(original):
-    ollm, samples, reference = original
-    batch = data.collate(samples, ollm.tokenizer, None, ollm.settings)
-    hidden, _ = ollm.continue_prefix(ollm.encode_prefix(batch), batch["text"])
-    logits = ollm.lvlm.lm_head(hidden)
-    for i, real in enumerate(reference["attention_mask"].bool()):
-        parts = [batch[part]["ids"][i][batch[part]["mask"][i]] for part in ("prefix", "text")]
-        assert torch.cat(parts).tolist() == reference["input_ids"][i][real].tolist()
-        ours = logits[i][batch["text"]["mask"][i]]
-        theirs = reference["logits"][i][real[-40:]]
-        n = min(len(ours), len(theirs))
-        assert n > 15
-        torch.testing.assert_close(ours[-n:], theirs[-n:], rtol=0, atol=1e-4)
-
-
-@torch.no_grad()
-def test_greedy_answers_are_the_original_codes(original):
-    ollm, samples, reference = original
-    end = ollm.tokenizer.convert_tokens_to_ids(CHATS[ollm.settings["chat"]]["end"])
-    for i, sample in enumerate(samples):
-        batch = data.collate([sample], ollm.tokenizer, None, ollm.settings, answers=False)
-        prefix, query = ollm.encode_prefix(batch), batch["text"]
-        new = reference[f"new_ids_{i}"].tolist()  # twelve, whether or not one is the end
-        for token in new:
-            hidden, prefix = ollm.continue_prefix(prefix, query)
-            assert ollm.lvlm.lm_head(hidden[0, -1]).argmax() == token
-            query = {"ids": torch.tensor([[token]]), "mask": torch.ones(1, 1, dtype=torch.bool)}
-        answer = ollm.tokenizer.decode(new[: new.index(end)] if end in new else new,
-                                       skip_special_tokens=True)
-        assert ollm.answer([sample], ("text",), max_new_tokens=12)["text"] == [answer.strip()]
-
-
-@torch.no_grad()
-def test_a_whole_pass_beyond_the_rotations_limit_is_the_original_codes(original):
-    """A shared prefix is not: its keys would keep the rotations of short prompts."""
-    ollm, samples, reference = original
-    assert ollm.tokenizer.model_max_length == 512 < reference["long_input_ids"].size(1)
-    logits = ollm.lvlm(input_ids=reference["long_input_ids"], **samples[0]["pixels"]).logits
-    torch.testing.assert_close(logits[:, -20:], reference["long_logits"], rtol=0, atol=1e-4)
-
-
-def test_beyond_the_limit_is_refused_with_the_tiles_that_fit(original):
-    ollm, samples, _ = original
-    wide = Image.new("RGB", (56 * 150, 56))
-    sample = {"where": "it", "question": "What is this?", "answer": "A red panda."}
-
-    def batch(max_tiles):
-        pixels = data.picture_inputs(wide, ollm.settings | {"max_tiles": max_tiles})
-        return data.collate([sample | {"pixels": pixels}], ollm.tokenizer, None, ollm.settings)
-
-    with pytest.raises(BadInput, match=r"it: \d+ tokens, .* 512; --max-tiles (\d+) fits") as error:
-        batch(150)
-    fits = int(str(error.value).split()[-2])
-    parts = batch(fits)
-    n = sum(int(parts[part]["mask"].sum()) for part in ("prefix", "text"))
-    assert 512 - ollm.settings["tokens_per_tile"] < n <= 512, "one tile more would be too many"
-    with pytest.raises(BadInput):
-        batch(fits + 1)
-
-
-def test_an_answer_ends_where_the_rotations_change(original):
-    ollm, samples, _ = original
-    sample = samples[0] | {"question": "What is this? " * 40}
-    parts = data.collate([sample], ollm.tokenizer, None, ollm.settings, answers=False)
-    n = sum(int(parts[part]["mask"].sum()) for part in ("prefix", "text"))
-
-    def answer(limit, max_new_tokens):
-        ollm.tokenizer.model_max_length = limit
-        return ollm.answer([sample], ("text",), max_new_tokens=max_new_tokens)["text"]
-
-    assert answer(n + 7, 48) == answer(512, 8) != answer(512, 16)
 
 
 # ---- the shared prefix, in float64 ----
@@ -152,7 +58,8 @@ def build_listener(family, folder, dtype=torch.float64):
     ollm = OLLM.load(build_lvlm_folder(family, folder))
     small = {"image_size": 56, "tokens_per_tile": 4, "max_tiles": 3}
     torch.manual_seed(0)
-    ollm = OLLM(ollm.lvlm, ollm.tokenizer, ollm.settings | small, ollm.base, *build_audio_encoder())
+    settings = replace(ollm.settings, **small)
+    ollm = OLLM(ollm.lvlm, ollm.tokenizer, settings, ollm.base, *build_audio_encoder())
     torch.nn.init.normal_(ollm.projector.weight, std=0.3)
     ollm.train_only("vision-audio")
     return to_float64(ollm) if dtype == torch.float64 else ollm
@@ -185,7 +92,7 @@ def native_logits(ollm, batch, form):
         kind = {"mm_token_type_ids": is_image} if has_three else {}
         return ollm.lvlm(input_ids=ids, **pixels, **kind).logits
 
-    embedded = ollm.embed(ids, batch["pixels"], ollm.hear(batch["mel"], batch["n_frames"]))
+    embedded = ollm.embed(ids, batch["pixels"], ollm.encode_audio(batch["mel"], batch["n_frames"]))
     positions = None
     if has_three:
         positions, _ = ollm.lvlm.model.get_rope_index(ids, is_image, pixels.get("image_grid_thw"))
@@ -240,21 +147,20 @@ def test_batched_answers_equal_one_by_one(family, form, tmp_path):
 
 
 @torch.no_grad()
-def test_greedy_answers_are_qwen2_vls_own(tmp_path):
-    """Positions go on from the picture, also behind the first new token."""
+def test_positions_go_on_from_the_picture_as_qwen2_vls_own(tmp_path):
+    """Also behind the first new tokens of an answer."""
     ollm = build_listener("qwen2_vl", tmp_path)
     for sample in make_samples(ollm, (1, 1, 0)):
         batch = collate(ollm, [sample], answers=False)
-        ours = ollm.generate(ollm.encode_prefix(batch), batch["text"], max_new_tokens=8)
-        query = batch["text"]
-        for _ in range(8):
-            token = native_logits(ollm, batch | {"text": query}, "text")[:, -1:].argmax(-1)
-            query = {"ids": torch.cat([query["ids"], token], dim=1)}
-        new = query["ids"][:, batch["text"]["ids"].size(1):]
-        end = ollm.tokenizer.convert_tokens_to_ids("<|im_end|>")
-        new = new[0].tolist()
-        new = new[: new.index(end)] if end in new else new
-        assert ours == [ollm.tokenizer.decode(new, skip_special_tokens=True).strip()]
+        prefix, query, ids = ollm.prefill(batch), batch["text"], batch["text"]["ids"]
+        for _ in range(4):
+            hidden, prefix = ollm.decode_query(prefix, query)
+            ours = ollm.lvlm.lm_head(hidden[:, -1])
+            theirs = native_logits(ollm, batch | {"text": {"ids": ids}}, "text")[:, -1]
+            torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+            token = theirs.argmax(-1, keepdim=True)
+            query = {"ids": token, "mask": torch.ones_like(token, dtype=torch.bool)}
+            ids = torch.cat([ids, token], dim=1)
 
 
 # ---- prompts of the original tokenizers ----
@@ -285,7 +191,7 @@ def test_prompts_have_the_original_tokenizers_ids(llm, tmp_path):
         shutil.copytree(os.environ[name], tmp_path, dirs_exist_ok=True)
     cases = reference_prompts()[llm]
     tokenizer, chat = checkpoints.load_tokenizer(tmp_path), OLD_CHATS[llm.removesuffix("_plain")]
-    settings = {"chat": chat, "system": CHATS[chat]["system"], "tokens_per_tile": 1}
+    settings = PromptSettings(chat, CHATS[chat]["system"], tokens_per_tile=1)
     for case in cases:
         n, answer = case["image_tokens"], case["answer"]
         sample = {"question": case["question"], "answer": answer or ""}
@@ -293,16 +199,12 @@ def test_prompts_have_the_original_tokenizers_ids(llm, tmp_path):
             sample["pixels"] = {"pixel_values": torch.zeros(n, 1)}
         batch = data.collate([sample], tokenizer, None, settings, answers=answer is not None)
         ids = batch["prefix"]["ids"][0].tolist() + batch["text"]["ids"][0].tolist()
-        expected = []
-        for entry in case["input_ids"]:
-            repeated = isinstance(entry, dict)
-            expected += [entry["id"]] * entry["repeat"] if repeated else [entry]
-        assert ids == expected, case["question"]
+        assert ids == expand(case["input_ids"]), case["question"]
 
 
 def test_qwen2_vls_prompt_to_the_letter(tmp_path):
     ollm = OLLM.load(build_lvlm_folder("qwen2_vl", tmp_path))
-    pixels = data.picture_inputs(Image.new("RGB", (64, 48)), ollm.settings | {"image_size": 56})
+    pixels = data.picture_inputs(Image.new("RGB", (64, 48)), replace(ollm.settings, image_size=56))
     sample = {"question": "What is this?", "answer": "A red panda.", "pixels": pixels}
     batch = data.collate([sample], ollm.tokenizer, None, ollm.settings)
     ids = batch["prefix"]["ids"][0].tolist() + batch["text"]["ids"][0].tolist()
@@ -320,7 +222,7 @@ def test_qwen2_vls_prompt_to_the_letter(tmp_path):
     ((640, 480), 6, (34, 46)), ((640, 480), 1, (26, 36)), ((100, 100), 6, (32, 32)),
     ((3000, 200), 2, (10, 174)), ((448, 448), 1, (32, 32))])
 def test_a_whole_picture_has_the_area_of_its_tiles(size, most, grid):
-    settings = {"image_size": 448, "min_tiles": 1, "max_tiles": most}
+    settings = PromptSettings(min_tiles=1, max_tiles=most)
     pixels = data.picture_inputs(Image.new("RGB", size), settings)
     assert pixels["image_grid_thw"].tolist() == [[1, *grid]]
     assert pixels["pixel_values"].shape == (grid[0] * grid[1], 1176)
@@ -329,8 +231,7 @@ def test_a_whole_picture_has_the_area_of_its_tiles(size, most, grid):
 
 def test_a_picture_that_is_too_long_is_one_line():
     with pytest.raises(BadInput, match="aspect ratio"):
-        data.picture_inputs(Image.new("RGB", (2010, 10)), {"image_size": 56, "min_tiles": 1,
-                                                   "max_tiles": 1})
+        data.picture_inputs(Image.new("RGB", (2010, 10)), PromptSettings(min_tiles=1, max_tiles=1))
 
 
 # ---- weights ----
@@ -358,7 +259,7 @@ def test_weights_are_those_that_transformers_reads(family, spoil, tmp_path):
     """Even if config.json calls a head tied that is not: InternVL3's calls it nothing."""
     folder = build_lvlm_folder(family, tmp_path)
     if spoil:
-        change_config(folder, tie_word_embeddings=True)
+        change_json(folder / "config.json", tie_word_embeddings=True)
     ours, theirs = OLLM.load(folder).lvlm, AutoModelForImageTextToText.from_pretrained(folder)
     states = ours.state_dict(), theirs.state_dict()
     assert states[0].keys() == states[1].keys()
@@ -369,69 +270,28 @@ def test_weights_are_those_that_transformers_reads(family, spoil, tmp_path):
     assert all(torch.equal(buffers[name], buffer) for name, buffer in ours.named_buffers())
 
 
-def change_config(folder, file="config.json", **keys):
-    """Sets keys of a JSON file: llm_config__vocab_size=3."""
-    config = json.loads((folder / file).read_text())
-    for name, value in keys.items():
-        *parents, last = name.split("__")
-        place = config
-        for parent in parents:
-            place = place[parent]
-        place[last] = value
-    (folder / file).write_text(json.dumps(config))
-
-
-@pytest.mark.parametrize("family, change, message", [
-    ("llama", {"template": "internvl2_5"}, "internvl2_5"),
-    ("qwen2", {"template": "internvl2_5"}, "internvl2_5"),
-    ("phi3", {"llm_config__architectures": ["InternLM3ForCausalLM"]}, "InternLM3ForCausalLM"),
-    ("phi3", {"vision_config__norm_type": "rms_norm"}, "InternViT-6B"),
-    ("qwen2_vl", {"tie_word_embeddings": False}, "lm_head"),
-    ("qwen2_vl", {"model_type": "qwen3_vl"}, "qwen3_vl"),
+@pytest.mark.parametrize("family, file, change, message", [
+    ("llama", "config.json", {"template": "internvl2_5"}, "internvl2_5"),
+    ("qwen2", "config.json", {"template": "internvl2_5"}, "internvl2_5"),
+    ("phi3", "config.json", {"llm_config__architectures": ["InternLM3ForCausalLM"]}, "InternLM3"),
+    ("phi3", "config.json", {"vision_config__norm_type": "rms_norm"}, "InternViT-6B"),
+    ("qwen2", "config.json", {"vision_config__qk_normalization": True}, "InternViT-6B"),
+    ("qwen2", "config.json", {"ps_version": "v1"}, "ps_version"),
+    ("qwen2", "config.json", {"model_type": "llava"}, "llava"),
+    ("qwen2_vl", "config.json", {"tie_word_embeddings": False}, "lm_head"),
+    ("qwen2_vl", "config.json", {"model_type": "qwen3_vl"}, "qwen3_vl"),
+    ("internvl3", "config.json", {"template": "internvl2_5"}, "the chat internvl2_5"),
+    ("internvl3", "config.json", {"text_config__model_type": "qwen3"}, "q_norm"),
+    ("internvl3_5", "config.json", {"text_config__model_type": "qwen2"}, "q_norm"),
+    ("qwen2_vl", "tokenizer_config.json", {"pad_token": "<|pad|>"}, "beyond the LLM's 199"),
+    ("phi3", "tokenizer_config.json", {"added_tokens_decoder": {}}, "it lacks"),
 ])
-def test_what_would_compute_wrongly_is_refused(family, change, message, tmp_path):
+def test_what_would_compute_wrongly_is_refused(family, file, change, message, tmp_path):
     folder = build_lvlm_folder(family, tmp_path)
-    change_config(folder, **change)
+    change_json(folder / file, **change)
     with pytest.raises(BadInput, match=message) as error:
         OLLM.load(folder)
     assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("spoil, message", [
-    (lambda c: None, "chat template .* it writes None"),
-    (lambda c: c["text_config"].update(model_type="qwen3", head_dim=8), "q_norm"),
-])
-def test_internvl_in_transformers_layout_does_not_tell_its_chat(spoil, message, tmp_path):
-    folder = build_lvlm_folder("qwen2", tmp_path)
-    lvlm = OLLM.load(folder).lvlm
-    native = tmp_path / "native"
-    del lvlm.config.template
-    lvlm.save_pretrained(native)
-    for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
-        shutil.copy(folder / name, native)
-    config = json.loads((native / "config.json").read_text())
-    spoil(config)
-    (native / "config.json").write_text(json.dumps(config))
-    with pytest.raises(BadInput, match=message):
-        OLLM.load(native)
-
-
-def test_norms_that_nobody_applies_are_refused(tmp_path):
-    """InternVL3.5 norms queries and keys; as InternVL with Qwen2 it would load without them."""
-    folder = build_lvlm_folder("qwen2", tmp_path)
-    OLLM.load(folder).lvlm.save_pretrained(tmp_path / "native")
-    tensors = load_file(tmp_path / "native/model.safetensors")
-    tensors["language_model.model.layers.0.self_attn.q_norm.weight"] = torch.ones(8)
-    save_file(tensors, tmp_path / "native/model.safetensors")
-    with pytest.raises(BadInput, match="q_norm"):
-        checkpoints.load_lvlm(tmp_path / "native")
-
-
-def test_a_tokenizer_without_the_chats_marks_is_refused(tmp_path):
-    folder = build_lvlm_folder("phi3", tmp_path)
-    shutil.copy(FIXTURES / "internvl2_tiny_internlm2/tokenizer_config.json", folder)
-    with pytest.raises(BadInput, match="it lacks"):
-        OLLM.load(folder)
 
 
 def test_a_picture_that_enters_deeper_layers_is_refused():
@@ -444,36 +304,16 @@ def test_a_picture_that_enters_deeper_layers_is_refused():
                   deepstack_visual_indexes=[0])
     config = Qwen3VLConfig(text_config=text, vision_config=vision)
     ollm = OLLM(AutoModelForImageTextToText.from_config(config), None, {})
-    picture = {"pixel_values": torch.zeros(16, 3 * 2 * 16 * 16),
-               "image_grid_thw": torch.tensor([[1, 4, 4]])}
     with pytest.raises(BadInput, match="deepstack"):
-        ollm.see(picture)
-
-
-def test_a_token_beyond_the_embeddings_is_refused(tmp_path):
-    folder = build_lvlm_folder("qwen2_vl", tmp_path)
-    change_config(folder, pad_token="<|pad|>", file="tokenizer_config.json")
-    with pytest.raises(BadInput, match="beyond the LLM's 199"):
-        OLLM.load(folder)
+        ollm.encode_images({"pixel_values": torch.zeros(16, 3 * 2 * 16 * 16),
+                            "image_grid_thw": torch.tensor([[1, 4, 4]])})
 
 
 # ---- whole runs ----
 
 
-def test_the_papers_bases_have_its_settings():
-    assert len(BASES) == 9
-    for name, (lvlm, clips) in BASES.items():
-        preset = train.PRESETS[name]
-        assert lvlm.split("/")[1].lower().replace("_", ".").startswith(name)
-        assert preset["lvlm"] == lvlm
-        assert preset["audio-text"] == {"lr": 4e-5, "global_batch": 128, "micro_batch": clips}
-        assert preset["vision-audio"] == {"lr": 4e-5, "global_batch": 64, "micro_batch": 8}
-        assert 16 % clips == 0, "eight GPUs have 16 clips a step each"
-
-
-PRESETS = {"llama": "internvl2-2b", "phi3": "internvl2-4b", "qwen2_vl": "qwen2-vl-2b",
-           "untied": "qwen2-vl-7b", "qwen2_5_vl": "qwen2.5-vl-3b",
-           "internvl3": "internvl3-1b", "internvl3_5": "internvl3.5-1b"}
+PRESETS = {"qwen2": "internvl2-1b", "llama": "internvl2-2b", "phi3": "internvl2-4b",
+           "qwen2_vl": "qwen2-vl-2b", "internvl3": "internvl3-1b", "internvl3_5": "internvl3.5-1b"}
 FEW = ("--device", "cpu", "--global-batch", 4, "--micro-batch", 2, "--max-steps", 2)
 
 
@@ -483,83 +323,38 @@ def run(script, *arguments, cwd):
     return done.stdout
 
 
-def align(family, world, folder):
-    """Trains audio-text from a family's tiny checkpoint; returns (preset's flags, LVLM, run)."""
-    lvlm, whisper = build_lvlm_folder(family, folder), build_whisper(folder / "whisper")
-    flags = ("--preset", PRESETS[family], *FEW)
-    run("train.py", *flags, "--stage", "audio-text", "--init", lvlm, "--whisper", whisper,
-        "--data", world / "audio-text", cwd=folder)
-    return flags, lvlm, folder / f"runs/{PRESETS[family]}/audio-text-s0"
-
-
 @pytest.mark.parametrize("family", [
-    "qwen2_vl", "internvl3", *(pytest.param(family, marks=pytest.mark.slow)
+    "qwen2", "qwen2_vl", "internvl3", *(pytest.param(family, marks=pytest.mark.slow)
                                for family in ("llama", "phi3", "internvl3_5"))])
 def test_a_published_checkpoint_is_trained_and_evaluated(family, world, tmp_path):
-    flags, lvlm, aligned = align(family, world, tmp_path)
-    trained = tmp_path / "trained"
+    lvlm, whisper = build_lvlm_folder(family, tmp_path), build_whisper(tmp_path / "whisper")
+    flags, trained = ("--preset", PRESETS[family], *FEW), tmp_path / "trained"
+    aligned = tmp_path / f"runs/{PRESETS[family]}/audio-text-s0"
+    printed = run("train.py", *flags, "--stage", "audio-text", "--init", lvlm, "--whisper", whisper,
+                  "--data", world / "audio-text", cwd=tmp_path)
+    _, *asking = shlex.split(printed.splitlines()[-1], comments=True)  # what to do next
+    assert "| word error rate " in run(*asking, "--n", 3, cwd=tmp_path)
     run("train.py", *flags, "--alpha", 0.75, "--data", world / "vision-audio", "--max-tiles", 1,
-        "--out", trained, cwd=tmp_path)
+        "--audio-seconds", 4, "--out", trained, cwd=tmp_path)
     before, after = OLLM.load(aligned), OLLM.load(trained)
-    assert after.settings["max_tiles"] == 1 and runs.source_of(trained, "base") == lvlm
+    assert (after.settings.max_tiles, after.settings.audio_seconds) == (1, 4)
+    assert runs.read_run_info(trained)["training"]["lr"] == 4e-5
+    assert runs.source_of(trained, "base") == lvlm
     assert not torch.equal(before.projector.weight, after.projector.weight)
     for name, value in before.lvlm.state_dict().items():
         assert torch.equal(value, after.lvlm.state_dict()[name]), name
 
     answer = run("eval.py", trained, "--image", world / "test/images/000000.png", "--question",
                  "What is this?", cwd=tmp_path)
-    assert answer.startswith("KD 0.75   in writing  ") and "\nKD 0.75   aloud       " in answer
+    assert answer.startswith("KD 0.75   text     ") and "\nKD 0.75   speech   " in answer
     assert "relation" in run("mmalign.py", trained, "--data", world / "test", "--n", 2,
                              cwd=tmp_path)
     (tmp_path / "tsv").mkdir()
     write_benchmarks(tmp_path / "tsv")
-    table = run("eval.py", trained, "--bench", "tsv/RealWorldQA.tsv", "--n", 1,
-                "--max-new-tokens", 2, "--suffix", "written", cwd=tmp_path)
-    line, = (trained / "predictions").glob("RealWorldQA*.jsonl")
-    prompt = json.loads(line.read_text())["prompt"]
-    assert "RWQA" in table and prompt.startswith("Question: ") == (family == "qwen2_vl")
+    prepare("tsv", "RealWorldQA", cwd=tmp_path, run=trained)
+    assert "RWQA" in run("eval.py", trained, "--bench", "RealWorldQA", "--n", 1,
+                         "--max-new-tokens", 2, cwd=tmp_path)
+    question = read_lines(trained / "answers-bench-RealWorldQA.jsonl")[0]["question"]
+    assert question.startswith("Question: ") == (family == "qwen2_vl")
     for script in ("analysis.attention", "analysis.probe"):
         assert "KD 0.75" in run(script, trained, "--data", world / "test", "--n", 2, cwd=tmp_path)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("family", PRESETS)
-def test_a_killed_run_ends_with_the_bytes_of_an_undisturbed_one(family, world, tmp_path):
-    flags, _, aligned = align(family, world, tmp_path)
-    command = ["train.py", *flags, "--alpha", 0.75, "--init", aligned, "--max-tiles", 1,
-               "--data", world / "vision-audio", "--save-every", 1, "--max-steps", 4]
-    run(*command, "--out", tmp_path / "whole", cwd=tmp_path)
-
-    killed = tmp_path / "killed"
-    words = [sys.executable, ROOT / command[0], *command[1:], "--out", killed]
-    process = subprocess.Popen(list(map(str, words)), cwd=tmp_path, stdout=subprocess.DEVNULL)
-    while process.poll() is None and not (killed / "checkpoint.safetensors").exists():
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
-    assert not runs.finished(killed)
-    assert "going on after step" in run(*command, "--out", killed, cwd=tmp_path)
-    whole, resumed = (folder / "model.safetensors" for folder in (tmp_path / "whole", killed))
-    assert whole.read_bytes() == resumed.read_bytes()
-
-
-@pytest.mark.slow
-def test_two_steps_of_each_stage_at_qwen2_vl_2bs_true_size(world, tmp_path):
-    """Its and Whisper-large-v3's shapes; minutes, 24 GB of memory, 20 GB of disk."""
-    lvlm, whisper = true_size.build_qwen2_vl(tmp_path), true_size.build_whisper(tmp_path)
-    few = ["--preset", "qwen2-vl-2b", "--global-batch", 1, "--max-steps", 2, "--device", "cpu",
-           "--max-tiles", 1, "--workers", 0]
-    for stage in (["--stage", "audio-text", "--init", lvlm, "--whisper", whisper],
-                  ["--alpha", 0.75]):
-        data_folder = world / ("audio-text" if "--stage" in stage else "vision-audio")
-        done = run_script("train.py", *stage, *few, "--data", data_folder, cwd=tmp_path,
-                          timeout=1800)
-        assert done.returncode == 0, done.stderr
-    for log in (tmp_path / "runs/qwen2-vl-2b").glob("*/log.jsonl"):
-        lines = [json.loads(line) for line in log.read_text().splitlines()]
-        seconds = [round(1 / line["time"]["steps_per_s"], 1) for line in lines]
-        assert len(lines) == 2 and all(math.isfinite(line["loss"]) for line in lines)
-        print(f"{log.parent.name}: seconds a step {seconds}")
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
-    print(f"peak memory {peak:.1f} GB")
-    assert peak < 24

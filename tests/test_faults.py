@@ -17,12 +17,9 @@ import torch
 from conftest import ROOT, run_here, run_script
 from safetensors.torch import load_file, save_file
 from test_train import FLOAT64, losses, same_steps
-from torch.nn.parallel import DistributedDataParallel
 
-import train
-from plumbing.checkpoint import Resumable
-from plumbing.files import BadInput, only_writer, readable_errors, written_whole
-from plumbing.processes import set_up_processes
+from plumbing import checkpoint
+from plumbing.files import BadInput, atomic_write, folder_lock, readable_errors
 from world.muon import Muon
 
 
@@ -162,34 +159,6 @@ def test_processes_that_see_other_things_do_not_train(start, world, tmp_path, sp
     assert any(named in error for error in errors), errors
 
 
-def first_step(folder):
-    """In each of train.py's processes: loss and gradient of the first step of its command line."""
-    args = train.parse_arguments()
-    rank, world_size, device = set_up_processes(args.device)
-    config, _ = train.configure(args, args.stage)
-    ollm = train.start_model(config).to(device)
-    epoch = train.make_epoch(config, ollm, rank, world_size)
-    wrapped = DistributedDataParallel(ollm) if world_size > 1 else ollm
-    loss, *_ = train.forward_backward(wrapped, epoch[0], config["alpha"], 1.0, device, world_size)
-    gradients = {name: p.grad for name, p in ollm.named_parameters() if p.grad is not None}
-    save_file({**gradients, "loss": torch.tensor(loss)}, Path(folder) / f"{world_size}-{rank}")
-
-
-@pytest.mark.slow
-def test_first_loss_and_gradient_in_float32(options, tmp_path):
-    script = tmp_path / "first.py"
-    script.write_text(f"import sys\nsys.path[:0] = {[str(ROOT), str(ROOT / 'tests')]}\n"
-                      f"import test_faults\ntest_faults.first_step({str(tmp_path)!r})\n")
-    for processes in (0, 2):
-        done = run_script(script, *options, cwd=tmp_path, processes=processes)
-        assert done.returncode == 0, done.stderr
-    one, *two = (load_file(tmp_path / name) for name in ("1-0", "2-0", "2-1"))
-    for state in two:
-        assert state.keys() == one.keys() and len(one) > 20
-        for name, value in one.items():
-            assert torch.dist(value, state[name]) <= 1e-5 * value.norm(), name
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT,
                                     pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_signal_stops_after_the_step_and_saves_it(number, options, undisturbed, tmp_path):
@@ -272,59 +241,56 @@ def test_what_has_had_no_gradient_yet_goes_on_as_exactly(optimizer_class, tmp_pa
          + (layers["seldom"].square().sum() if i % 3 == 1 else 0)).backward()
         optimizer.step()
 
-    def resumable(layers, optimizer):
-        return Resumable(tmp_path, {"stage": "x"}, layers, optimizer, 1, torch.device("cpu"))
-
+    path = tmp_path / "checkpoint.safetensors"
     straight, resumed = start(), start()
     for i in range(7):
         step(*straight, i)
         step(*resumed, i)
-        resumable(*resumed).save(i + 1)
+        checkpoint.save(path, i + 1, {"stage": "x"}, *resumed)
         resumed = start()
-        assert resumable(*resumed).first == i + 1
-        (tmp_path / "checkpoint.safetensors").unlink()
+        assert checkpoint.load(path, {"stage": "x"}, *resumed, torch.device("cpu")) == i + 1
     assert all(torch.equal(straight[0][name], resumed[0][name]) for name in straight[0])
 
 
 def test_one_writer_a_folder_and_its_lock_dies_with_it(tmp_path):
     holder = subprocess.Popen([sys.executable, "-c",
-                               "import sys, time\nfrom plumbing.files import only_writer\n"
-                               "with only_writer(sys.argv[1]):\n"
+                               "import sys, time\nfrom plumbing.files import folder_lock\n"
+                               "with folder_lock(sys.argv[1]):\n"
                                " print('held', flush=True)\n time.sleep(60)",
                                str(tmp_path / "run")], cwd=ROOT, stdout=subprocess.PIPE)
     assert holder.stdout.readline() == b"held\n"
     (tmp_path / "run/.model.safetensors.7.tmp").write_text("half")
-    with pytest.raises(BadInput, match="run: "), only_writer(tmp_path / "run", 0.3):
+    with pytest.raises(BadInput, match="run: "), folder_lock(tmp_path / "run", 0.3):
         pass
     holder.kill()
     holder.wait()
-    with only_writer(tmp_path / "run", 0):
+    with folder_lock(tmp_path / "run", 0):
         assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"], (
             "what was half done is removed")
 
 
 def test_one_writer_a_file_leaves_the_folder_s_other_files_to_others(tmp_path):
     half = {name: tmp_path / f".{name}.7.tmp" for name in ("MME[1].jsonl", "DocVQA.jsonl")}
-    with only_writer(tmp_path, 0, file="MME[1].jsonl"):
+    with folder_lock(tmp_path, 0, file="MME[1].jsonl"):
         for path in half.values():
             path.write_text("half")
-        with only_writer(tmp_path, 0, file="DocVQA.jsonl"):
+        with folder_lock(tmp_path, 0, file="DocVQA.jsonl"):
             assert [path.exists() for path in half.values()] == [True, False], "its own half goes"
         with pytest.raises(BadInput, match=r"MME\[1\].jsonl: "):
-            with only_writer(tmp_path, 0, file="MME[1].jsonl"):
+            with folder_lock(tmp_path, 0, file="MME[1].jsonl"):
                 pass
-    with only_writer(tmp_path, 0, file="MME[1].jsonl"):
+    with folder_lock(tmp_path, 0, file="MME[1].jsonl"):
         assert not half["MME[1].jsonl"].exists()
 
 
 def test_a_file_is_whole_or_as_it_was(tmp_path):
     path = tmp_path / "file"
     path.write_text("before")
-    with pytest.raises(ZeroDivisionError), written_whole(path, sync=True) as temporary:
+    with pytest.raises(ZeroDivisionError), atomic_write(path, sync=True) as temporary:
         temporary.write_text("half")
         1 / 0
     assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
-    with written_whole(path, sync=True) as temporary:
+    with atomic_write(path, sync=True) as temporary:
         temporary.write_text("after")
     assert path.read_text() == "after" and list(tmp_path.iterdir()) == [path]
 

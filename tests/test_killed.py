@@ -14,7 +14,6 @@ import time
 
 import pytest
 from conftest import ROOT, run_script, save_runs
-from test_bench_tsv import picture, write_tsv
 
 TRAINING = ("train.py", "--init", "audio", "--data", "data/vision-audio", "--out", "run",
             "--save-every", 2, "--global-batch", 4, "--device", "cpu")
@@ -26,11 +25,9 @@ PLACES = {  # what is killed: command, processes of torchrun, the folder it writ
     "a step of two processes": (TRAINING, 2, "run", "run/log.jsonl"),
     "saving a checkpoint": (TRAINING, 0, "run", "run/.checkpoint.safetensors.*.tmp"),
     "saving the run": (TRAINING, 0, "run", "run/.saving.tmp"),
-    "evaluation": (("eval.py", "audio", "--bench", "DocVQA_VAL.tsv", "--batch", 2,
-                    "--max-new-tokens", 12), 0, "audio/predictions", "audio/predictions/*.jsonl"),
 }
 KILLS = [("data preparation", 4), ("a step", 4), ("a step of two processes", 4),
-         ("saving a checkpoint", 3), ("saving the run", 1), ("evaluation", 4)]
+         ("saving a checkpoint", 3), ("saving the run", 1)]
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +36,6 @@ def start(world, tmp_path_factory):
     folder = tmp_path_factory.mktemp("start")
     shutil.copytree(world, folder / "data")
     save_runs(folder)
-    write_tsv(folder / "DocVQA_VAL.tsv", [
-        {"index": i, "image": picture((i, 9 * i, 0)), "answer": "circle",
-         "question": "what is it? " * (i % 5 + 1)} for i in range(24)])
     return folder
 
 

@@ -1,4 +1,4 @@
-"""The loss where words are ruled out, and in bfloat16; the rest is course/test_self_kd_loss.py."""
+"""The loss where words are ruled out; the rest is course/test_self_kd_loss.py."""
 
 import math
 
@@ -19,7 +19,7 @@ def logits():
 
 
 def test_what_the_teacher_rules_out_counts_nothing(logits):
-    """0 times -inf made it NaN, as F.kl_div does."""
+    """0 times -inf is NaN, which F.kl_div gives."""
     zeros, infinite = torch.zeros(1, 2, requires_grad=True), torch.tensor([[0.0, -torch.inf]])
     loss, kl, _ = self_kd_loss(zeros, infinite, torch.tensor([0]), 1.0)
     gradient, = torch.autograd.grad(loss, zeros)
@@ -40,22 +40,3 @@ def test_what_the_teacher_rules_out_counts_nothing(logits):
         gradients = [torch.autograd.grad(loss, student, retain_graph=True)[0] for loss in losses]
         torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-15)
         assert not gradients[0][:, [3, 7]].any() and gradients[0].abs().sum() > 0
-
-
-@pytest.mark.parametrize("difference", [0.1, 0.3, 1.0])
-def test_bfloat16_logits_hide_a_kl_below_a_thousandth(difference):
-    """A GPU's head gives bfloat16. As many logits as InternVL2-1B has, the largest near 20."""
-    torch.manual_seed(0)
-    teacher, results = 4.5 * torch.randn(24, 151_655), []
-    student, labels = teacher + difference * torch.randn_like(teacher), torch.zeros(24).long()
-    for dtype in (torch.float32, torch.bfloat16):
-        rounded = student.to(dtype).requires_grad_()
-        kl = self_kd_loss(rounded, teacher.to(dtype), labels, alpha=1.0)[1]
-        results.append((kl.detach(), torch.autograd.grad(kl, rounded)[0].float()))
-
-    (kl, gradient), (rounded_kl, rounded_gradient) = results
-    off = ((rounded_gradient - gradient).norm() / gradient.norm()).item()
-    print(f"logits differ by {difference}: KL {kl:.2g}, in bfloat16 {rounded_kl:.2g}; "
-          f"its gradient is {off:.0%} off")
-    assert abs(rounded_kl - kl) < 0.0015 + 0.01 * kl
-    assert 0.02 < off * difference < 0.1, "rounding is the same, whatever the difference"

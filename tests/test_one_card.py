@@ -4,15 +4,13 @@ import shutil
 
 import pytest
 import torch
-from conftest import build_internvl2, build_ollm, build_whisper, collate, run_here, run_script
+from conftest import build_internvl2, build_ollm, build_whisper, collate, run_here
 from safetensors.torch import load_file, save_file
-from test_train import FLOAT64, same_steps
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
 from model import OLLM
 from plumbing import runs
-from plumbing.checkpoint import Resumable
 from plumbing.files import BadInput, enough_memory
 
 FEW = ["--preset", "internvl2-1b", "--device", "cpu", "--micro-batch", 2, "--global-batch", 4]
@@ -36,8 +34,8 @@ RUN = "runs/internvl2-1b/audio-text-projector-s0"
 def test_a_run_holds_the_projector_alone_and_names_whisper(aligned):
     weights = load_file(aligned / RUN / "model.safetensors")
     assert sorted(weights) == ["projector.bias", "projector.weight"]
-    assert runs.about(aligned / RUN)["whisper"] == "../../../whisper"
-    assert runs.name(aligned / RUN) == "aligned, projector alone"
+    assert runs.read_run_info(aligned / RUN)["whisper"] == "../../../whisper"
+    assert runs.read_run_info(aligned / RUN)["kind"] == "aligned, projector alone"
     ollm = OLLM.load(aligned / RUN)
     whisper = load_file(aligned / "whisper/model.safetensors")
     for name, tensor in ollm.audio_encoder.state_dict().items():
@@ -65,7 +63,8 @@ def test_an_encoder_that_an_earlier_stage_trained_stays_in_that_run(world, start
                     "--max-steps", 1, "--train", "projector", "--out", tmp_path / "va",
                     cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    info, size = runs.about(tmp_path / "va"), (tmp_path / "va/model.safetensors").stat().st_size
+    info = runs.read_run_info(tmp_path / "va")
+    size = (tmp_path / "va/model.safetensors").stat().st_size
     assert (tmp_path / "va" / info["whisper"]).resolve() == (start / "audio").resolve()
     assert size < 1e5 < (start / "audio/model.safetensors").stat().st_size
     encoders = [OLLM.load(run).audio_encoder.state_dict()
@@ -90,44 +89,6 @@ def test_only_the_projector_gets_a_gradient(world):
     ollm(collate(ollm, [samples[i] for i in range(3)]), 0.75)[0].backward()
     trained = {name for name, p in ollm.named_parameters() if p.grad is not None}
     assert trained == {"projector.weight", "projector.bias"}
-
-
-@pytest.fixture
-def options(world, aligned):
-    """Four steps of the projector alone."""
-    return [*FEW[:4], "--micro-batch", 2, "--global-batch", 5, "--init", aligned / RUN,
-            "--data", world / "vision-audio", "--max-tiles", 1, "--train", "projector",
-            "--max-steps", 4, "--save-every", 2]
-
-
-@pytest.mark.slow
-def test_two_processes_take_the_same_steps(options, tmp_path):
-    one = run_here(FLOAT64, *options, "--out", tmp_path / "one", cwd=tmp_path)
-    assert one.returncode == 0, one.stderr
-    two = run_script(FLOAT64, *options, "--out", tmp_path / "two", cwd=tmp_path, processes=2)
-    assert two.returncode == 0, two.stderr
-    same_steps(tmp_path / "one", tmp_path / "two")
-
-
-def test_a_stopped_training_ends_with_the_same_bytes(options, tmp_path, monkeypatch):
-    done = run_here("train.py", *options, "--out", tmp_path / "whole", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    usual = Resumable.after_step
-
-    def stop_after_two(self, step, **numbers):
-        usual(self, step, **numbers)
-        if step == 1:
-            raise KeyboardInterrupt
-
-    out = tmp_path / "stopped"
-    with monkeypatch.context() as patch:
-        patch.setattr(Resumable, "after_step", stop_after_two)
-        assert run_here("train.py", *options, "--out", out, cwd=tmp_path).returncode == 130
-    assert (out / "checkpoint.safetensors").stat().st_size < 60_000, "weights and two moments"
-    done = run_here("train.py", *options, "--out", out, cwd=tmp_path)
-    assert done.returncode == 0 and "going on after step 2" in done.stdout, done.stderr
-    whole = (tmp_path / "whole/model.safetensors").read_bytes()
-    assert (out / "model.safetensors").read_bytes() == whole
 
 
 @pytest.mark.parametrize("part", ["audio", "projector"])

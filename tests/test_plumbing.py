@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import espeakng_loader
 import numpy as np
@@ -15,12 +16,13 @@ from conftest import ROOT, build_internvl2, run_here
 
 from analysis.sweep import scores_of
 from plumbing import runs
-from plumbing.files import BadInput, only_writer, readable_errors, written_whole
+from plumbing.answers import answers_folder
+from plumbing.files import BadInput, atomic_write, folder_lock, readable_errors
 from plumbing.media import speak
 
 
 def test_an_error_that_names_nccl_is_shown_whole():
-    """It was cut at 100 characters, and called the failure of another process."""
+    """It may be this process's own, and its end says what to do."""
     cause = "CUDA error: out of memory while NCCL " + "x" * 300 + " rank 3 wanted 80 GB"
     with pytest.raises(SystemExit) as exit, readable_errors():
         raise RuntimeError(cause)
@@ -32,31 +34,20 @@ def test_an_error_of_ours_in_torch_is_not_hidden():
         raise RuntimeError("shapes do not match")
 
 
-@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
-def test_a_disk_without_locks_is_one_line_that_says_what_to_do(number, tmp_path, monkeypatch):
+def test_a_disk_without_locks_is_one_line_that_says_what_to_do(tmp_path, monkeypatch):
     def refuse(*_):
-        raise OSError(number, "no locks")
+        raise OSError(errno.ENOLCK, "no locks")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    with pytest.raises(BadInput, match="another disk") as error, only_writer(tmp_path / "run", 0.1):
+    with pytest.raises(BadInput, match="another disk") as error, folder_lock(tmp_path / "run", 0.1):
         pass
     assert str(tmp_path / "run") in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_disk_that_knows_no_flock_is_locked_by_a_file(tmp_path, monkeypatch):
-    """It stopped everything with [Errno 38]."""
-    def unknown(*_):
-        raise OSError(errno.ENOSYS, "Function not implemented")
-
-    monkeypatch.setattr(fcntl, "flock", unknown)
-    with only_writer(tmp_path / "run", 0.1):
-        assert (tmp_path / "run").is_dir()
-
-
 def test_containers_with_the_same_process_ids_write_apart(tmp_path, monkeypatch):
-    """Temporary names were made of the process's id, which two containers on one disk may share."""
+    """Temporary names are drawn: two containers on one disk may share process ids."""
     monkeypatch.setattr(os, "getpid", lambda: 7)
-    with written_whole(tmp_path / "x") as one, written_whole(tmp_path / "x") as other:
+    with atomic_write(tmp_path / "x") as one, atomic_write(tmp_path / "x") as other:
         one.write_text("one")
         other.write_text("other")
         assert one != other and one.read_text() == "one"
@@ -65,7 +56,7 @@ def test_containers_with_the_same_process_ids_write_apart(tmp_path, monkeypatch)
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no such call here")
 def test_no_more_workers_than_cores_lent():
-    """SLURM lends a job some of the cores; there was a worker for each that the machine has."""
+    """SLURM lends a job some of the machine's cores."""
     program = ("import os\nos.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
                "from plumbing.processes import workers\n"
                "with workers() as pool:\n print(pool._max_workers)")
@@ -74,49 +65,46 @@ def test_no_more_workers_than_cores_lent():
 
 
 def test_espeak_speaks_from_however_long_a_path(tmp_path, monkeypatch):
-    """With 160 characters it ended Python, naming a folder of another machine."""
-    wave, data = speak("what color is the circle")[0], espeakng_loader.get_data_path()
-    for length in (159, 160, 250):
-        folder = tmp_path / ("x" * (length - len(str(tmp_path)) - len("//espeak-ng-data")))
-        folder.mkdir()
-        (folder / "espeak-ng-data").symlink_to(data)
-        path = str(folder / "espeak-ng-data")
-        assert len(path) == length
-        monkeypatch.setattr(espeakng_loader, "get_data_path", lambda: path)
-        assert np.array_equal(speak("what color is the circle")[0], wave), length
+    """espeak-ng itself ends Python if its data's path has 160 characters."""
+    wave, path = speak("what color is the circle")[0], espeakng_loader.get_data_path()
+    folder = tmp_path / ("x" * 160)
+    folder.mkdir()
+    (folder / "espeak-ng-data").symlink_to(path)
+    monkeypatch.setattr(espeakng_loader, "get_data_path", lambda: str(folder / "espeak-ng-data"))
+    assert np.array_equal(speak("what color is the circle")[0], wave)
 
 
 def test_a_folder_without_a_model_never_stands_for_a_hub_id(tmp_path, monkeypatch):
-    """Asking a hub id once left a folder of that name, which later commands took for the model."""
+    """Kept answers may lie in a folder of the hub id's name."""
     monkeypatch.chdir(tmp_path)
     hub_id = "OpenGVLab/InternVL2-1B"
     (tmp_path / hub_id / "predictions").mkdir(parents=True)
     with pytest.raises(BadInput, match="Hugging Face"):  # the tests are offline
         runs.fetch(hub_id)
-    assert runs.place_for_answers(hub_id).parts[:2] == ("runs", "asked")
-    assert runs.place_for_answers("../m") != runs.place_for_answers("m"), "two models, two places"
+    assert answers_folder(hub_id).parts[:2] == ("runs", "asked")
+    assert answers_folder("../m") != answers_folder("m"), "two models, two places"
 
 
 def test_mmalign_asks_a_model_that_is_no_run(world, tmp_path):
-    """It asked all questions and then failed to write the answers."""
+    """Its answers are kept elsewhere."""
     model = build_internvl2(tmp_path)
     before = sorted(path.name for path in model.iterdir())
     done = run_here("mmalign.py", model, "--data", world / "test", "--n", 2, cwd=tmp_path)
     assert done.returncode == 0 and "relation" in done.stdout, done.stderr
     assert sorted(path.name for path in model.iterdir()) == before
-    assert len(list((tmp_path / "runs/asked").glob("*/answers-MMAlign.jsonl"))) == 1
+    assert len(list((tmp_path / "runs/asked").glob("*/answers-MMAlign-test.jsonl"))) == 1
 
 
-def test_a_run_that_is_read_only_still_has_its_table(world, start, tmp_path):
-    """All was asked, and then the answers could not be written."""
+def test_answers_of_a_run_that_is_read_only_lie_elsewhere(world, start, tmp_path, monkeypatch):
     shutil.copytree(start, tmp_path / "runs")
-    (tmp_path / "runs/audio/answers-mean.jsonl").mkdir()  # as root, a folder can be written anyway
+    before = sorted(path.name for path in (tmp_path / "runs/audio").iterdir())
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "audio")
     done = run_here("eval.py", "runs/base", "runs/audio", "--data", world / "test", "--n", 2,
                     cwd=tmp_path)
     assert done.returncode == 0 and "| aligned, audio |" in done.stdout, done.stderr
-    line, = [line for line in done.stderr.splitlines() if "answers" in line]
-    assert line.startswith("runs/audio: its answers are not kept: ")
-    assert (tmp_path / "runs/base/answers-mean.jsonl").exists()
+    assert sorted(path.name for path in (tmp_path / "runs/audio").iterdir()) == before
+    assert (tmp_path / "runs/asked/runs_audio/answers-mean-test.jsonl").exists()
+    assert (tmp_path / "runs/base/answers-mean-test.jsonl").exists()
 
 
 def config(**changes):
@@ -135,7 +123,7 @@ def write_run(folder, base="../base", **changes):
 
 
 def test_only_seeds_of_one_training_are_averaged(tmp_path):
-    """Two "KD 0.75" of other bases or tiles were one column, with a deviation over "seeds"."""
+    """Two "KD 0.75" of other bases or tiles are two columns."""
     for part in ("1b/base", "2b/base"):
         write_run(tmp_path / part, base=None, stage="vision-text")
     seeds = [write_run(tmp_path / f"1b/kd-s{seed}", seed=seed, micro_batch=2 + seed,
@@ -166,7 +154,6 @@ def test_a_sweep_is_of_one_training_for_each_alpha(tmp_path):
 
 @pytest.mark.parametrize("there", ["data", "data/", "./data", "x/../data", "link", "{}/data"])
 def test_a_training_is_the_same_however_its_folders_are_spelled(there, tmp_path, monkeypatch):
-    """data/ in place of data was "the finished run of another training"."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "x").mkdir()
     (tmp_path / "data").mkdir()
@@ -180,7 +167,7 @@ def test_a_training_is_the_same_however_its_folders_are_spelled(there, tmp_path,
 
 
 def test_what_an_earlier_run_answered_is_not_this_run_s(world, start, tmp_path):
-    """Kept answers were found by name alone, and scored as those of the run that took its place."""
+    """Kept answers are found by name: a new run in the same folder drops them."""
     out = tmp_path / "out"
     out.mkdir()
     (out / "answers-mean.jsonl").write_text(json.dumps({"text": "old"}) + "\n")
@@ -192,7 +179,6 @@ def test_what_an_earlier_run_answered_is_not_this_run_s(world, start, tmp_path):
 
 
 def test_a_typed_question_that_is_too_long_to_say_is_one_line(world, start, tmp_path):
-    """It was a traceback."""
     picture = next((world / "test/images").iterdir())
     done = run_here("eval.py", start / "audio", "--image", picture,
                     "--question", "what color " * 60, cwd=tmp_path)

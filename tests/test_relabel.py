@@ -34,7 +34,7 @@ def test_a_folder_is_answered_by_the_base_and_trained_on(world, start, tmp_path)
     # Cut off in the middle of a line, it ends with the same bytes.
     (tmp_path / "half").mkdir()
     whole = (tmp_path / "whole/answers.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "half/answers.jsonl").write_text("".join(whole[:41]) + whole[41][:3])
+    (tmp_path / "half/answers.begun.jsonl").write_text("".join(whole[:41]) + whole[41][:3])
     assert run_here(*command, "--out", tmp_path / "half", cwd=tmp_path).returncode == 0
     for name in ("samples.jsonl", "answers.jsonl", "settings.json"):
         assert ((tmp_path / "half" / name).read_bytes()

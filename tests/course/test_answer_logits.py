@@ -1,4 +1,4 @@
-"""Grades `answer_logits` (model.py). What `continue_prefix` returns is given."""
+"""Grades `answer_logits` (model.py). What `decode_query` returns is given."""
 
 import pytest
 import torch
@@ -15,16 +15,16 @@ PLACES = [(0, 2), (0, 3), (1, 1), (1, 2), (1, 3), (1, 4), (2, 4), (2, 5)]  # one
 
 @pytest.fixture
 def ollm():
-    """A model whose `continue_prefix` gives the states of `ollm.hidden`, whatever was asked."""
+    """A model whose `decode_query` gives the states of `ollm.hidden`, whatever was asked."""
     ollm = tiny_model().requires_grad_(False)
     ollm.hidden = torch.randn(3, 7, 128, dtype=torch.float64).requires_grad_()
     ollm.calls = []
 
-    def continue_prefix(prefix, query, audio_tokens=None):
+    def decode_query(prefix, query, audio_tokens=None):
         ollm.calls.append(audio_tokens)
         return ollm.hidden, prefix
 
-    ollm.continue_prefix = continue_prefix
+    ollm.decode_query = decode_query
     return ollm
 
 
@@ -65,4 +65,4 @@ def test_speech_is_passed_on(ollm):
     audio_tokens = torch.randn(3, 2, 128, dtype=torch.float64)
     ask(ollm, audio_tokens)
     assert len(ollm.calls) == 1, "the query is read once"
-    assert ollm.calls[0] is audio_tokens, "a spoken question's audio tokens go to continue_prefix"
+    assert ollm.calls[0] is audio_tokens, "a spoken question's audio tokens go to decode_query"

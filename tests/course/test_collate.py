@@ -1,11 +1,13 @@
 """Grades `collate` (data.py): ids, labels, padding and sound, row by row."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from tiny import tiny_model
 
-from data import AUDIO_SLOT, IGNORE, collate, mel_spectrograms
+from data import AUDIO_PLACEHOLDER, IGNORE, collate, mel_spectrograms
 
 TURN, END = "<|im_end|><|im_start|>assistant\n", "<|im_end|>"
 QUESTIONS = ("what color is the circle", "is there a red star", "count")
@@ -33,7 +35,8 @@ def make_samples(*without, **more):
 
 
 def make_batch(ollm, samples, answers=True, **settings):
-    return collate(samples, ollm.tokenizer, ollm.mel_extractor, ollm.settings | settings, answers)
+    settings = replace(ollm.settings, **settings)
+    return collate(samples, ollm.tokenizer, ollm.mel_extractor, settings, answers)
 
 
 def rows(ollm, query, keys=("ids", "labels")):
@@ -58,7 +61,7 @@ def written(ollm):
 
 
 def spoken(ollm, after=""):
-    return [[AUDIO_SLOT] * n + ollm.tokenizer(after).input_ids for n in N_AUDIO]
+    return [[AUDIO_PLACEHOLDER] * n + ollm.tokenizer(after).input_ids for n in N_AUDIO]
 
 
 def check_rows(ours, wanted):
@@ -123,7 +126,7 @@ def test_speech_of_a_fixed_length(ollm):
     batch = make_batch(ollm, make_samples(), audio_seconds=1)
     assert batch["n_frames"].tolist() == [100, 104, 100], (
         "the setting audio_seconds pads speech with silence to so many; what is longer stays")
-    slots = (batch["audio"]["ids"] == AUDIO_SLOT).sum(1).tolist()
+    slots = (batch["audio"]["ids"] == AUDIO_PLACEHOLDER).sum(1).tolist()
     assert slots == [25, 26, 25], "padded speech takes slots for its silence, too"
 
 
@@ -145,7 +148,7 @@ def test_what_samples_lack_is_none(ollm):
 def test_speech_to_transcribe(ollm):
     batch = make_batch(ollm, make_samples("question", "pixels"))
     check_rows(rows(ollm, batch["audio"]),
-               expected(ollm, spoken(ollm, ollm.settings["instruction"])))
+               expected(ollm, spoken(ollm, ollm.settings.instruction)))
 
 
 def test_what_follows_the_speech_in_writing(ollm):

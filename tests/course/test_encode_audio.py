@@ -1,4 +1,4 @@
-"""Grades `hear` (model.py) against transformers' own Whisper encoder, shortened to each clip."""
+"""Grades `encode_audio` (model.py) against transformers' Whisper encoder, cut to each clip."""
 
 import copy
 
@@ -35,7 +35,7 @@ def whisper(ollm, mel):
 @pytest.mark.parametrize("frames", [4, 84, 3000])
 def test_one_clip(ollm, frames):
     mel, n_frames = noise([frames])
-    ours = ollm.hear(mel, n_frames)
+    ours = ollm.encode_audio(mel, n_frames)
     assert ours.shape == (1, frames // 4, 128), (
         f"a token for every 4 frames: (1, {frames // 4}, 128), not {tuple(ours.shape)}")
     same(ours, whisper(ollm, mel),
@@ -45,7 +45,7 @@ def test_one_clip(ollm, frames):
 
 def test_clips_of_several_lengths(ollm):
     mel, n_frames = noise([48, 20, 84, 80])
-    ours = ollm.hear(mel, n_frames)
+    ours = ollm.encode_audio(mel, n_frames)
     for tokens, clip, n in zip(ours, mel, n_frames.tolist()):
         same(tokens[: n // 4], whisper(ollm, clip[None, :, :n])[0],
              "a clip's tokens depend on its batch: no layer's attention may look past the clip's "
@@ -55,7 +55,7 @@ def test_clips_of_several_lengths(ollm):
 
 def test_the_encoder_learns(ollm):
     mel, n_frames = noise([20, 48])
-    ollm.hear(mel, n_frames)[:, :5].square().sum().backward()
+    ollm.encode_audio(mel, n_frames)[:, :5].square().sum().backward()
     for name, parameter in (*ollm.audio_encoder.named_parameters(),
                             *ollm.projector.named_parameters()):
         assert parameter.grad is not None or "embed_positions" in name, (
@@ -63,4 +63,4 @@ def test_the_encoder_learns(ollm):
 
 
 def test_no_speech(ollm):
-    assert ollm.hear(None, None) is None, "without speech (mel is None) hear returns None"
+    assert ollm.encode_audio(None, None) is None, "without speech (mel is None) it returns None"
