@@ -46,7 +46,7 @@ STAGES = {  # each: the forms of the question that it reads, and what is learnt
     "vision-text": (["question"], "the LVLM learns to see and to read. It will be the teacher"),
     "audio-text": (["audio"], "audio encoder and projector learn to hear, by transcribing speech"),
     "vision-audio": (["question", "audio"], "they learn to answer spoken questions: alpha weighs "
-                     "the model's own answers on reading them (KL) against the data's (CE)"),
+                     "the KL to the teacher, who reads them, against the CE with the labels"),
 }
 PRESETS = {
     "shapes": {  # the built-in world: nothing is downloaded

@@ -141,7 +141,7 @@ def knockout(ollm, batch, form, width):
 # ---- controls ------------------------------------------------------------------------------------
 
 
-def answer_aloud(ollm, items, size):
+def answer_speech(ollm, items, size):
     """Returns the model's answers to the items' speech, so many at once."""
     def answer(samples):
         return ollm.answer(samples, ("audio",))
@@ -194,12 +194,12 @@ def controls(ollm, items, size):
                 "another's speech": [{**item, "wave": other["wave"]} for item, other in exchanged]}
     result = {}
     for name, variant in variants.items():
-        scores = map(score_answer, variant, answer_aloud(ollm, variant, size))
+        scores = map(score_answer, variant, answer_speech(ollm, variant, size))
         result[f"{name}: right"] = 100 * statistics.fmean(scores)
 
     samples, kinds = mix_questions(items)
     if samples:
-        result |= answered_question(samples, kinds, answer_aloud(ollm, samples, size))
+        result |= answered_question(samples, kinds, answer_speech(ollm, samples, size))
     return result
 
 
