@@ -58,7 +58,7 @@ class Samples(torch.utils.data.Dataset):
             folders = [folders]
         self.settings = settings
         self.folders = [Path(folder) for folder in folders]
-        self.rows = prepared.Rows(prepared.read_rows(self.folders, forms))
+        self.rows = prepared.Rows(self.folders, forms)
         self.last_picture = None, None  # path and inputs: a group's questions have one picture
 
     def __len__(self):
@@ -250,8 +250,7 @@ class Epoch(torch.utils.data.Dataset):
 
     def micro_batch(self, groups):
         """Collates groups. Without any, labels are ignored: DDP needs a backward pass anyway."""
-        numbers = sum(groups or self.order[:1], [])
-        samples = [self.samples[i] for i in numbers]
+        samples = [self.samples[i] for i in sum(groups or self.order[:1], [])]
         batch = self.collate(samples)
         if not groups:
             for form in ("text", "audio"):

@@ -319,9 +319,8 @@ def start_model(config, device="cpu"):
 
     # The stage audio-text gives the LVLM an audio encoder; vision-audio must find one.
     if stage == "audio-text" and ollm.audio_encoder is None:
-        whisper = config.whisper
-        parts = load_audio_encoder(whisper) if whisper else build_audio_encoder()
-        ollm = OLLM(ollm.lvlm, ollm.tokenizer, ollm.settings, ollm.base, *parts, whisper)
+        parts = load_audio_encoder(config.whisper) if config.whisper else build_audio_encoder()
+        ollm = OLLM(ollm.lvlm, ollm.tokenizer, ollm.settings, ollm.base, *parts, config.whisper)
     if stage == "vision-audio" and ollm.audio_encoder is None:
         raise BadInput(f"{config.init}: has no audio encoder; vision-audio starts from an "
                        "audio-text run")

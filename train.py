@@ -261,9 +261,7 @@ def train_stage(args, config, out, rank, world_size, device):
     identity = {**asdict(config), "data": epoch.samples.fingerprint(),
                 "init": config.init and runs.fingerprint(config.init)}
     saved = out / "checkpoint.safetensors"
-    first = checkpoint.load(saved, identity, trained, optimizer, device)
-    if first > n_steps:
-        raise BadInput(f"{out}: its checkpoint has taken {first} steps, more than {n_steps}")
+    first = checkpoint.load(saved, identity, n_steps, trained, optimizer, device)
 
     # DDP. In vision-text, micro-batches without a picture leave the vision encoder unused.
     model = processes.data_parallel(ollm, find_unused_parameters=config.stage == "vision-text")
@@ -317,9 +315,8 @@ def train_stage(args, config, out, rank, world_size, device):
             # 5. Save now and then, and before all stop because a signal came to one of them
             stop, = processes.all_reduce([len(signals)], device)
             if rank == 0 and done < n_steps and (stop or done % args.save_every == 0):
-                began = time.time()
-                checkpoint.save(saved, done, identity, trained, optimizer)
-                longest_save = max(longest_save, time.time() - began)
+                seconds = checkpoint.save(saved, done, identity, trained, optimizer)
+                longest_save = max(longest_save, seconds)
             if stop and done < n_steps:
                 processes.wait_for_all()  # torchrun ends all processes once one has ended
                 raise KeyboardInterrupt(f"{config.stage} stands at {done} of {n_steps} steps, "

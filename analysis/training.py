@@ -49,9 +49,8 @@ def draw_logs(paths, path):
 
 def main():
     args = runs.arguments(__doc__).parse_args()
-    paths = args.runs
-    if not paths:
-        paths = runs.default_runs(args)
+    paths = runs.asked_for(args)
+    if not args.runs:
         last = runs.read_run_info(paths[-1])["training"]["stage"]
         paths = [run for run in paths if runs.read_run_info(run)["training"]["stage"] == last]
     draw_logs(paths, Path(args.out) / "training.png")

@@ -5,6 +5,7 @@ samples and the learning rate of a step are functions of the seed and the step.
 """
 
 import json
+import time
 
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -17,10 +18,11 @@ FREE = ("max_steps", "micro_batch")  # may differ when a training resumes
 
 
 def save(path, step, config, trained, optimizer):
-    """Writes the state after `step` steps, atomically.
+    """Writes the state after `step` steps, atomically. Returns how many seconds it took.
 
     config: dict of all that the numbers depend on; trained: {name: parameter}
     """
+    began = time.time()
     tensors = {f"weight.{name}": p.detach() for name, p in trained.items()}
     for name, p in trained.items():
         for moment, tensor in optimizer.state[p].items():
@@ -29,12 +31,14 @@ def save(path, step, config, trained, optimizer):
     with at(f"{path}: could not be saved, an earlier one is kept"):
         with atomic_write(path, sync=True) as temporary:
             save_file(tensors, temporary, metadata={"about": about})
+    return time.time() - began
 
 
-def load(path, config, trained, optimizer, device):
+def load(path, config, n_steps, trained, optimizer, device):
     """Restores weights and moments; returns the number of steps taken, 0 without a checkpoint.
 
-    Raises BadInput if the checkpoint is another training's, or if the processes differ.
+    Raises BadInput if the checkpoint is another training's or has taken more than n_steps steps,
+    or if the processes differ.
     """
     other = differences(broadcast(config), config)
     if all_reduce([bool(other)], device) != [0]:
@@ -43,6 +47,8 @@ def load(path, config, trained, optimizer, device):
     if path.exists():
         with at(f"{path}: cannot be used; delete it, or choose another --out"):
             first = read(path, config, trained, optimizer)
+            if first > n_steps:
+                raise BadInput(f"it has taken {first} steps, more than {n_steps}")
     if all_reduce([first], device) != [first * world_size()]:
         raise BadInput(f"{path.parent}: not all processes find the same checkpoint; all machines "
                        "must share the folder")

@@ -4,6 +4,7 @@ A line of samples.jsonl is a sample. What could not be used has a line in skippe
 id and the reason, and settings.json tells how the folder was made.
 """
 
+import bisect
 import functools
 import hashlib
 import json
@@ -36,18 +37,22 @@ LISTS = ("annotations", "tsv", "manifest", "relation", "attribution")  # options
 
 
 class Rows(Sequence):
-    """A list of rows (dicts) that keeps each as JSON bytes, and its length in characters.
+    """What `read_rows` yields, as a list that keeps rows as JSON bytes, and their lengths.
 
     A million dicts take 1 GB, and reference counts copy them into every DataLoader worker; bytes
     stay shared.
     """
 
-    def __init__(self, rows):
+    def __init__(self, folders, forms=None):
         self.content, self.ends, self.lengths = bytearray(), array("q", [0]), array("i")
-        for row in rows:
-            self.content += json.dumps(row).encode()
-            self.ends.append(len(self.content))
-            self.lengths.append(len(row.get("question", "")) + len(row["answer"]))
+        self.folders, self.firsts = folders, []  # firsts: each folder's first index
+        for folder in folders:
+            self.firsts.append(len(self))
+            for row in read_rows([folder], forms):
+                del row["where"], row["folder"]  # the same in all rows but for a number
+                self.content += json.dumps(row).encode()
+                self.ends.append(len(self.content))
+                self.lengths.append(len(row.get("question", "")) + len(row["answer"]))
 
     def __len__(self):
         return len(self.lengths)
@@ -55,7 +60,10 @@ class Rows(Sequence):
     def __getitem__(self, index):
         """Returns a row, a new dict each time."""
         index = range(len(self))[index]  # raises IndexError behind the last one
-        return json.loads(self.content[self.ends[index]: self.ends[index + 1]])
+        part = bisect.bisect_right(self.firsts, index) - 1
+        folder, number = Path(self.folders[part]), index - self.firsts[part] + 1
+        row = json.loads(self.content[self.ends[index]: self.ends[index + 1]])
+        return {**row, "where": f"{folder}/samples.jsonl:{number}", "folder": str(folder)}
 
 
 def read_rows(folders, forms=None):

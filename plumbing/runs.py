@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+from collections import Counter
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -68,10 +69,6 @@ def read_run_info(run):
     if finished(run):
         with at(path):
             info = read_json(path)
-            for key in ("settings", "base"):
-                info[key]  # an error, if it is not there
-            for key in ("stage", "seed", "alpha", "on_policy", "temperature"):
-                info["training"][key]
             return {"kind": kind_of(info["training"]), "recipe": hash_recipe(info), **info}
     is_hub_id = len(Path(run).parts) == 2 and not Path(run).is_absolute()
     if is_hub_id and not os.path.exists(run) or (Path(run) / "config.json").exists():
@@ -122,11 +119,12 @@ def kind_of(training):
 def hash_recipe(info):
     """Returns the SHA-256 of what runs of one training with different seeds have in common.
 
-    info: of ollm.json
+    info: of ollm.json. Earlier versions wrote more keys whose value is None, so None is absent.
     """
-    training = {**info["training"], "seed": None, "micro_batch": None}
-    recipe = json.dumps([info["settings"], info["base"], training], sort_keys=True)
-    recipe = without_seed(recipe, info["training"]["seed"])
+    facts = {**info["training"], **info["settings"], "base": info["base"]}
+    common = {key: value for key, value in facts.items()
+              if value is not None and key not in ("seed", "micro_batch")}
+    recipe = without_seed(json.dumps(common, sort_keys=True), facts["seed"])
     return hashlib.sha256(recipe.encode()).hexdigest()
 
 
@@ -221,28 +219,21 @@ def fingerprint(path):
 # ---- several runs --------------------------------------------------------------------------------
 
 
-def default_runs(args):
-    """Returns the runs of --preset, --seed and --whisper: base, aligned, every alpha found."""
-    base, aligned = folder(args, "vision-text"), folder(args, "audio-text")
-    trained = aligned.parent.glob(f"vision-audio-a*-s{args.seed}")
-    runs = [base, aligned, *sorted(trained, key=lambda path: path.name)]
-    runs = [run for run in runs if finished(run)]
-    if not runs:
+def asked_for(args, listening=False):
+    """Returns the runs that a command names, or else its seed's: base, aligned, every alpha found.
+
+    listening: only those that can listen. Raises BadInput if there is none.
+    """
+    paths = args.runs
+    if not paths:
+        aligned = folder(args, "audio-text")
+        trained = sorted(aligned.parent.glob(f"vision-audio-a*-s{args.seed}"))
+        paths = [run for run in (folder(args, "vision-text"), aligned, *trained) if finished(run)]
+    if not paths:
         command = f"torchrun --standalone train.py {shlex.join(chain_options(args))}"
         raise BadInput(f"{aligned.parent}: no finished run of seed {args.seed}; "
                        f"`{command}` makes one")
-    return runs
-
-
-def asked_for(args, listening=False):
-    """Returns the runs that a command names, or else those of its --preset and --seed.
-
-    listening: only those that can listen. Raises BadInput if none can.
-    """
-    paths = args.runs or default_runs(args)
-    if not listening:
-        return paths
-    able = [run for run in paths if read_run_info(run)["base"] is not None]
+    able = [run for run in paths if not listening or read_run_info(run)["base"] is not None]
     if not able:
         raise BadInput(f"{', '.join(map(str, paths))}: cannot listen; "
                        "name a run of the stage audio-text or vision-audio")
@@ -267,12 +258,11 @@ def group_runs(paths):
             key = (*key, run)
         groups.setdefault(key, {})[seed] = run
 
-    names = [kind for kind, *_ in groups]
-    labels = []
-    for name, by_seed in zip(names, groups.values()):
+    kinds, named = Counter(kind for kind, *_ in groups), {}
+    for (kind, *_), by_seed in groups.items():
         first = next(iter(by_seed.values()))
-        labels.append(name if names.count(name) == 1 else f"{name} ({first})")
-    return dict(zip(labels, groups.values()))
+        named[kind if kinds[kind] == 1 else f"{kind} ({first})"] = by_seed
+    return named
 
 
 def arguments(description):

@@ -256,7 +256,7 @@ def two_folders(tmp_path):
 
 def test_rows_are_the_lines_of_all_folders(two_folders):
     a, b, lines = two_folders
-    rows, expected = prepared.Rows(prepared.read_rows([a, f"{b}/"])), []
+    rows, expected = prepared.Rows([a, f"{b}/"]), []
     for folder in (a, b):
         for number, line in enumerate(lines[folder.name], 1):
             group = {"group": f"{folder}/7"} if "group" in line else {}

@@ -248,7 +248,9 @@ def test_what_has_had_no_gradient_yet_goes_on_as_exactly(optimizer_class, tmp_pa
         step(*resumed, i)
         checkpoint.save(path, i + 1, {"stage": "x"}, *resumed)
         resumed = start()
-        assert checkpoint.load(path, {"stage": "x"}, *resumed, torch.device("cpu")) == i + 1
+        assert checkpoint.load(path, {"stage": "x"}, 7, *resumed, torch.device("cpu")) == i + 1
+    with pytest.raises(BadInput, match="taken 7 steps, more than 6"):
+        checkpoint.load(path, {"stage": "x"}, 6, *resumed, torch.device("cpu"))
     assert all(torch.equal(straight[0][name], resumed[0][name]) for name in straight[0])
 
 

@@ -117,6 +117,8 @@ def config(**changes):
 def write_run(folder, base="../base", **changes):
     """A run, as far as tables need it."""
     about = {"settings": {}, "base": base, "training": config(**{"seed": 0, **changes})}
+    if not changes.get("seed"):
+        about["settings"]["voice"] = None  # earlier versions wrote it, too
     folder.mkdir(parents=True)
     (folder / "ollm.json").write_text(json.dumps(about))
     return str(folder)
