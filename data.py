@@ -37,7 +37,7 @@ from real import corpora, families
 from real.families import CHATS, tile
 from world import make
 
-TOKEN_SAMPLES = 640  # waveform samples an audio token: 10 ms hop x 2 (convolution) x 2 (pooling)
+FRAMES_PER_TOKEN = 4  # mel frames an audio token: 2 (convolution) x 2 (pooling)
 IGNORE = -100  # the label of a token that is not supervised: torch's default
 AUDIO_PLACEHOLDER = -200  # in the ids, where an audio token goes; LLaVA marks image tokens so
 
@@ -103,20 +103,16 @@ def picture_inputs(image, settings):
     return {"pixel_values": torch.from_numpy(values).permute(0, 3, 1, 2)}  # (tiles, 3, H, W)
 
 
-def count_audio_tokens(wave):
-    """Returns how many tokens a waveform becomes: one for every 40 ms, rounded up."""
-    return math.ceil(len(wave) / TOKEN_SAMPLES)
-
-
 def mel_spectrograms(extractor, waves):
     """Returns log-mel spectrograms (B, M, L) of waveforms, and each one's number of frames (B,).
 
-    Each waveform is padded to whole tokens before its spectrogram is computed, and the batch is
-    padded with 0, as a convolution pads. So a clip's features do not depend on its batch.
+    Each waveform is padded to whole audio tokens before its spectrogram is computed, and the batch
+    is padded with 0, as a convolution pads. So a clip's features do not depend on its batch. A
+    frame is 10 ms (extractor.hop_length).
     """
     clips = []
     for wave in waves:
-        silence = count_audio_tokens(wave) * TOKEN_SAMPLES - len(wave)
+        silence = -len(wave) % (FRAMES_PER_TOKEN * extractor.hop_length)
         features = extractor(np.pad(wave, (0, silence)), sampling_rate=SAMPLE_RATE,
                              padding="do_not_pad", return_tensors="pt")
         clips.append(features.input_features[0].T)  # (its own frames, M)
@@ -136,8 +132,8 @@ def collate(samples, tokenizer, mel_extractor, settings, answers=True):
     answers   True: queries end with the labelled answer, padding on the right (training)
               False: queries end where the answer begins, padding on the left (generation)
 
-    Returns a dict; what the samples lack is None. Each query has a length S of its own; <prompt> is
-    the generation prompt, AUDIO the placeholder of an audio token:
+    Returns a dict; what the samples lack is None, as is all sound without a mel_extractor. <prompt>
+    is the generation prompt, AUDIO the placeholder of an audio token; each query has its own S:
         prefix         <system> <image> ...                             {"ids", "mask"} (B, P)
         text           what color is it           <prompt> red <end>    {"ids", "mask", "labels"}
         audio          AUDIO AUDIO AUDIO [after]  <prompt> red <end>    the same; each (B, S)
@@ -165,8 +161,8 @@ def collate(samples, tokenizer, mel_extractor, settings, answers=True):
         padded = pad(ids, tokenizer.pad_token_id, left=not answers)
         return {**padded, "labels": pad(labels, IGNORE, left=not answers)["ids"]}
 
-    batch = {"prefix": pad(prefix_ids, tokenizer.pad_token_id), "pixels": join_pictures(samples),
-             "text": None, "mel": None, "n_frames": None, "audio": None}
+    batch = {"prefix": pad(prefix_ids, tokenizer.pad_token_id), "text": None, "audio": None,
+             "mel": None, "n_frames": None, "pixels": families.join_pictures(samples)}
 
     # The written question, which the teacher reads.
     if "question" in samples[0]:
@@ -180,20 +176,15 @@ def collate(samples, tokenizer, mel_extractor, settings, answers=True):
         for sample in samples:
             silence = max(0, shortest - len(sample["wave"]))
             waves.append(np.pad(sample["wave"], (0, silence)))
+        batch["mel"], batch["n_frames"] = mel_spectrograms(mel_extractor, waves)
+        opening, closing = families.audio_mark_ids(tokenizer, settings)
+        for sample, n_frames in zip(samples, batch["n_frames"].tolist()):
             instruction = "" if "question" in sample else settings.instruction
             after = tokenizer(sample.get("after", instruction)).input_ids
-            audio_ids.append([AUDIO_PLACEHOLDER] * count_audio_tokens(waves[-1]) + after)
-        batch["mel"], batch["n_frames"] = mel_spectrograms(mel_extractor, waves)
+            speech = [AUDIO_PLACEHOLDER] * (n_frames // FRAMES_PER_TOKEN)
+            audio_ids.append(opening + speech + closing + after)
         batch["audio"] = query(audio_ids)
     return batch
-
-
-def join_pictures(samples):
-    """Returns the samples' pictures, each a dict of tensors, as one such dict; None without any."""
-    pictures = [sample["pixels"] for sample in samples if "pixels" in sample]
-    if not pictures:
-        return None
-    return {key: torch.cat([picture[key] for picture in pictures]) for key in pictures[0]}
 
 
 def pad(rows, value, left=False):

@@ -10,11 +10,10 @@
     python eval.py --endpoint URL --model NAME --bench prepared/MME ...       # of a chat server
 
 Answers are generated greedily, and each picture is read once for both forms of its question. In
-the built-in world, pictures and voices are held out, and half of the sentences. An answer is right
-if it has exactly one word of its question's class, the right one, once an exact echo of the
-question is taken away. A description counts by F1 over (colour, shape) pairs. Of any other folder,
-speech without questions is transcribed, and answers to questions are compared word for word, spoken
-with written and both with the label: benchmarks/words.py.
+the built-in world, pictures and voices are held out, and half of the sentences; how an answer is
+scored stands in world/answers.py. Two bounds stand in its table: the base reads another question of
+the same kind (the floor), the aligned run reads its own transcript (a cascade). Of any other
+folder, transcripts and answers are compared word for word: benchmarks/words.py.
 """
 
 import plumbing  # noqa: F401  # isort: skip (before torch: sets how its threads wait)
@@ -32,7 +31,7 @@ from benchmarks.endpoint import server_subject
 from benchmarks.scorers import BENCHMARKS, score
 from model import OLLM
 from plumbing import prepared, runs
-from plumbing.answers import Subject, answers_folder, answers_name, ask, run_digest
+from plumbing.answers import answers_name, ask, subject_of
 from plumbing.files import BadInput, at, in_range, readable_errors
 from plumbing.media import MAX_SECONDS, speak
 from plumbing.tables import print_summaries, seed_interval
@@ -40,9 +39,11 @@ from real.families import CHATS, QWEN2_VL
 from world import answers as judge
 from world import shapes
 from world.answers import score_answer
+from world.models import check_words
 
 AVERAGE = "mean of six kinds"
-ASKED = {"text": "question", "audio": "audio", "transcript": "audio"}  # in samples.jsonl, by form
+ASKED = {"text": "question", "audio": "audio", "transcript": "audio",  # in samples.jsonl, by form
+         "cascade": "audio", "floor": "question"}
 FORMS = {"text": "text", "audio": "speech"}  # in what is printed
 # Tokens of an answer, at most: of any other folder, of benchmarks, in the built-in world
 LONG, SHORT, BRIEF = 256, 64, 48
@@ -60,19 +61,25 @@ def transcribe(ollm, samples):
 def run_subject(run, args):
     """Returns the Subject of a run, or of an LVLM's folder or hub id; audio-text transcribes."""
     ollm = OLLM.load(run, args.device).eval()
-    forms = ("text",) if ollm.audio_encoder is None else ("text", "audio")
+    forms = ("text", "floor") if ollm.audio_encoder is None else ("text", "audio")
     if runs.read_run_info(run)["training"]["stage"] == "audio-text":
-        forms = ("text", "audio", "transcript")
+        forms = ("text", "audio", "transcript", "cascade")
 
     def answer(samples, forms, max_new_tokens):
         answers = ollm.answer(samples, forms, max_new_tokens=max_new_tokens)
         if "transcript" in forms:
             answers["transcript"] = transcribe(ollm, samples)
+
+        # A cascade reads its own transcript; the floor is to read another question of the kind.
+        others = {"cascade": answers.get("transcript"), "floor": [s.get("other") for s in samples]}
+        for form in {*others} & {*forms}:
+            read = [{**s, "question": other} for s, other in zip(samples, others[form])]
+            answers[form] = ollm.answer(read, ("text",), max_new_tokens=max_new_tokens)["text"]
         return answers
 
-    batch = args.batch or (8 if ollm.settings.image_size > shapes.SIZE else 100)
-    return Subject(str(run), answers_folder(run), answer, forms, run_digest(run, args.device),
-                   batch, ollm.settings)
+    several = 32 if args.device == "cuda" else 8
+    batch = args.batch or (several if ollm.settings.image_size > shapes.SIZE else 100)
+    return subject_of(run, args.device, answer, forms, batch, ollm.settings)
 
 
 def subjects(args, listening=False):
@@ -134,8 +141,9 @@ def evaluate(subject, folder, name, args, kinds=None, forms=("text", "audio"), m
     indices = indices[: args.n]
     if not indices:
         raise BadInput(f"{folder}: has no question of the kinds {', '.join(kinds or ['any'])}")
-    path = subject.folder / name
-    rows = ask(subject, samples, indices, forms, path, args.max_new_tokens or most)
+    if "other" not in samples.rows[indices[0]]:
+        forms = [form for form in forms if form != "floor"]
+    rows = ask(subject, samples, indices, forms, subject.folder / name, args.max_new_tokens or most)
 
     # A server says what is no answer, or not a whole one.
     for form in ("text", "audio"):
@@ -178,17 +186,6 @@ def answer_question(args):
             print(f"{'':8}  {'transcript':10}  {transcribe(ollm, [sample])[0]}")
 
 
-def check_words(tokenizer, text):
-    """Raises BadInput if a text is empty or has a word that the tokenizer does not know."""
-    if not text.strip():
-        raise BadInput("the question is empty")
-    unknown = [w for w in text.split() if tokenizer.unk_token_id in tokenizer(w).input_ids]
-    if unknown:
-        words = sorted(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens))
-        raise BadInput(f"the built-in world does not know {', '.join(map(repr, unknown))}; its "
-                       f"words are: {' '.join(words)}")
-
-
 # ---- reporting -----------------------------------------------------------------------------------
 
 
@@ -203,21 +200,29 @@ def mean_scores(rows, form, kinds, score_row=score_answer):
 
 def summarize(rows, kinds, average, score_row=score_answer, more=None):
     """Returns a run's percentages: {"text": {kind or measure: value}, "audio": ...}."""
+    def mean_of(rows, form):
+        return statistics.fmean(mean_scores(rows, form, kinds, score_row).values())
+
     summary = {}
     for form in ("text", "audio"):
         if rows[0][form] is None:
             continue
         values = mean_scores(rows, form, kinds, score_row)
-        values[average] = statistics.fmean(values.values())
+        values[average] = mean_of(rows, form)
         unseen = [row for row in rows if not row.get("seen", True)]
         if unseen:
-            scores = mean_scores(unseen, form, kinds, score_row)
-            values["unseen sentences"] = statistics.fmean(scores.values())
+            values["unseen sentences"] = mean_of(unseen, form)
         if more:
             values |= more(rows, form)
         summary[form] = values | judge.style_rates(rows, form)
         summary[form] |= judge.answer_biases(rows, form, score_row)
+    if rows[0]["floor"] is not None:
+        summary["text"]["another of its kind"] = mean_of(rows, "floor")
+    if "audio" in summary:
+        same = [words.agree(row["audio"], row["text"]) for row in rows]
+        summary["audio"]["as with text"] = 100 * statistics.fmean(same)
     if rows[0]["transcript"] is not None:
+        summary["audio"]["reads its transcript"] = mean_of(rows, "cascade")
         summary["audio"] |= judge.transcripts(rows)
     return summary
 
@@ -247,19 +252,15 @@ def print_differences(answers, score_row):
 
 
 def print_example(answers, score_row):
-    """Prints the first question that SFT (or the aligned run) answers wrongly and Self-KD rightly.
-
-    answers: {run name: rows} of one seed
-    """
+    """Prints a question that SFT (or the aligned run) answers wrongly and Self-KD rightly."""
     better = max((name for name in answers if name.startswith("KD")), default=None)
     worse = "SFT" if "SFT" in answers else "aligned"
     if better is None or worse not in answers:
         return
     scores = list(zip(*(spoken_scores(answers[name], score_row) for name in (worse, better))))
     wins = [i for i, (a, b) in enumerate(scores) if a < 0.5 <= b]
-    losses = sum(b < 0.5 <= a for a, b in scores)
     print(f"{better} is right and {worse} wrong: {len(wins)} questions. The other way round: "
-          f"{losses}.")
+          f"{sum(b < 0.5 <= a for a, b in scores)}.")
     if not wins:
         return
     row = answers[better][wins[0]]
@@ -302,9 +303,8 @@ def report(args, kinds, average, score_row=score_answer, more=None):
     score_row  function (row, answer) -> 0 to 1
     more       further rows of the table: function (rows, form) -> {measure: value}
     """
-    def summary_of(rows):
-        return summarize(rows, kinds, average, score_row, more)
-
+    summary_of = functools.partial(summarize, kinds=kinds, average=average, score_row=score_row,
+                                   more=more)
     answers = ask_all(args, average, summary_of, "held-out questions a run; percent right",
                       kinds=kinds, forms=tuple(ASKED), most=BRIEF)
     print_differences(answers, score_row)
@@ -365,8 +365,8 @@ def arguments(description):
     parser.add_argument("--max-tiles", type=in_range(1), help="squares that a picture is cut into")
     parser.add_argument("--max-new-tokens", type=in_range(1), help="of an answer (default: "
                         f"{LONG}; in benchmarks {SHORT}, in the built-in world {BRIEF})")
-    parser.add_argument("--batch", type=in_range(1), help="questions answered at once (default: 8; "
-                        "the built-in world's tiny models 100); to a server, so many requests")
+    parser.add_argument("--batch", type=in_range(1), help="questions answered at once (default: 8, "
+                        "on a GPU 32, in the built-in world 100); to a server, so many requests")
     parser.add_argument("--endpoint", metavar="URL", help="ask an OpenAI-compatible chat server "
                         "(http://.../v1), too")
     parser.add_argument("--model", help="the name of the server's model")

@@ -20,13 +20,13 @@ def self_kd_loss(student_logits, teacher_logits, labels, alpha, temperature=1.0,
                     3): the other term is 0. Of the five of its Table 5, 0.75 is best. What is not
                     from 0 to 1 is refused, by an assert or a ValueError
     temperature     softens both; its square scales the KL (Hinton et al., 2015); none in the paper
-    n_tokens        what the sums over N are divided by; None means N. Training passes the number
-                    of answer tokens in the global batch, so that every token counts the same
+    n_tokens        what the sums over N are divided by; None means N (1 if N is 0). Training passes
+                    the number of answer tokens in the global batch: every token counts the same
     """
     assert 0 <= alpha <= 1, f"alpha is a weight between 0 and 1, not {alpha}"
     dtype = torch.promote_types(student_logits.dtype, torch.float32)
     student_logits = student_logits.to(dtype)
-    n_tokens = len(labels) if n_tokens is None else n_tokens
+    n_tokens = max(1, len(labels)) if n_tokens is None else n_tokens
     kl = ce = student_logits.new_zeros(())
 
     # Self-distillation: the student's distribution over the vocabulary should be the teacher's.

@@ -26,19 +26,19 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
-from data import AUDIO_PLACEHOLDER, IGNORE, collate
+from data import AUDIO_PLACEHOLDER, FRAMES_PER_TOKEN, IGNORE, collate
 from loss import self_kd_loss
 from plumbing import runs
 from plumbing.files import BadInput, at
+from plumbing.parts import loss_in_parts
 from plumbing.prepared import speech_settings
 from plumbing.processes import freeze_in_bfloat16, half_precision, to_device
-from real.checkpoints import empty_audio_encoder, load_audio_encoder, load_lvlm, load_tokenizer
-from real.families import CHATS, prefix_positions, prompt_settings
+from real import checkpoints
+from real.families import CHATS, normalize, prefix_positions, prompt_settings
 from world.models import build_audio_encoder, build_lvlm
-
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Prefix(NamedTuple):
@@ -46,12 +46,6 @@ class Prefix(NamedTuple):
     cache: object  # transformers' cache of keys and values
     mask: torch.Tensor  # (B, P) bool, False is padding
     shift: object  # next position minus tokens: 0, or (B, 1) for Qwen2-VL, whose pictures take less
-
-
-def normalize(tiles):
-    """Normalizes tiles (tiles, 3, H, W) uint8 to the float32 that InternVL's encoder expects."""
-    mean, std = torch.tensor([IMAGENET_MEAN, IMAGENET_STD], device=tiles.device)[..., None, None]
-    return (tiles / 255 - mean) / std
 
 
 class OLLM(nn.Module):
@@ -72,7 +66,9 @@ class OLLM(nn.Module):
         self.audio_encoder, self.mel_extractor = audio_encoder, mel_extractor
         self.whisper = whisper
         self.recompute = False  # encode_audio's layers in the backward pass: saves a GPU's memory
-        if audio_encoder is not None:
+        if hasattr(audio_encoder, "proj"):  # an omni model's own encoder, which ends with it
+            self.projector = audio_encoder.proj
+        elif audio_encoder is not None:
             width = lvlm.config.text_config.hidden_size
             # The "one-layer MLP" of section 5.1, here without a hidden layer: E to D
             self.projector = nn.Linear(audio_encoder.config.d_model, width)
@@ -87,8 +83,10 @@ class OLLM(nn.Module):
             self.lvlm.requires_grad_(True)
         else:
             self.audio_encoder.requires_grad_(part == "audio")
-            self.audio_encoder.embed_positions.requires_grad_(False)  # sinusoids, which stay fixed
             self.projector.requires_grad_(True)
+            for name in ("embed_positions", "audio_bos_eos_token"):  # sinusoids; unused
+                if hasattr(self.audio_encoder, name):
+                    getattr(self.audio_encoder, name).requires_grad_(False)
 
     def move_to(self, device):
         """Moves the model to a device. On a GPU, frozen parts are kept in bfloat16."""
@@ -121,6 +119,13 @@ class OLLM(nn.Module):
         if mel is None:
             return None
 
+        # An omni model's own encoder returns the clips' tokens one after another.
+        if hasattr(self.audio_encoder, "proj"):
+            is_speech = torch.arange(mel.size(2), device=mel.device) < n_frames[:, None]  # (B, L)
+            x = self.lvlm.get_audio_features(mel, is_speech.long()).last_hidden_state  # (all, D)
+            clips = x.split((n_frames // FRAMES_PER_TOKEN).tolist())
+            return pad_sequence(clips, batch_first=True)  # (B, A, D)
+
         # Whisper's two convolutions; the second halves the number of frames. A clip has a multiple
         # of 4 frames, so padding does not reach its tokens.
         encoder = self.audio_encoder
@@ -141,7 +146,7 @@ class OLLM(nn.Module):
             x = checkpoint(layer, x, mask, use_reentrant=False) if recompute else layer(x, mask)
         x = encoder.layer_norm(x)
 
-        # Pairs of frames are averaged to 25 tokens a second, as in Qwen2-Audio, and projected.
+        # Pairs of frames are averaged, as in Qwen2-Audio (Whisper's to 25 a second), and projected.
         x = x.unflatten(1, (-1, 2)).mean(2)  # (B, A, E)
         return self.projector(x)  # (B, A, D)
 
@@ -183,9 +188,9 @@ class OLLM(nn.Module):
         audio_tokens: (B, A, D) of a spoken query; None for a written one
         Returns (hidden states (B, S, D), the longer Prefix). The prefix itself stays as it is, and
         may need a gradient. Its shift is added to all positions that follow.
-        With packing (world/lessons.py alone) a row has several questions: "document_ids" (B, S)
-        numbers them, and "positions" (B, S), from the prefix's end, are their own. A token then
-        sees the prefix and what stands before it in its own document.
+        In the built-in base's lessons (world/lessons.py) a query may have "positions" (B, S), from
+        the prefix's end, in place of 0, 1, 2, ...; and with or without these "document_ids" (B, S),
+        which number a row's questions: a token sees the prefix and its own document before it.
         """
         # A cache grows, so each query continues a copy. The tensors are shared: growing makes new
         # ones.
@@ -211,16 +216,17 @@ class OLLM(nn.Module):
             attention_mask=mask, position_ids=positions, cache=cache, use_cache=True)
         return out.last_hidden_state, Prefix(cache, mask, prefix.shift)
 
-    def answer_logits(self, prefix, query, audio_tokens=None):
+    def answer_logits(self, prefix, query, audio_tokens=None, head=None):
         """Returns logits (N, V) at the positions that predict the answer, and its tokens (N,).
 
         They are in row order: the n-th of teacher and student predict the same token, whatever the
         lengths of the questions. The head is applied to these positions alone, which are few.
+        head: another one than the LLM's; nn.Identity() gives the states (N, D) that it takes
         """
         hidden, _ = self.decode_query(prefix, query, audio_tokens)  # (B, S, D)
         labels = query["labels"][:, 1:]  # (B, S - 1): the position before a token predicts it
         is_answer = labels != IGNORE  # (B, S - 1)
-        logits = self.lvlm.lm_head(hidden[:, :-1][is_answer])  # (N, V)
+        logits = (head or self.lvlm.lm_head)(hidden[:, :-1][is_answer])  # (N, V)
         return logits, labels[is_answer]
 
     def forward(self, batch, alpha, temperature=1.0, n_tokens=None):
@@ -229,17 +235,19 @@ class OLLM(nn.Module):
 
         # The student hears the question. (In vision-text there is no speech: it reads.)
         audio_tokens = self.encode_audio(batch["mel"], batch["n_frames"])  # (B, A, D)
-        query = batch["audio"] or batch["text"]
-        student, labels = self.answer_logits(prefix, query, audio_tokens)  # (N, V), (N,)
+        query, states = batch["audio"] or batch["text"], nn.Identity()
+        student, labels = self.answer_logits(prefix, query, audio_tokens, states)  # (N, D), (N,)
 
         # The teacher, with the same weights, reads it. It gets no gradient.
         teacher = None
         if alpha > 0:
             with torch.no_grad():
-                teacher, teacher_labels = self.answer_logits(prefix, batch["text"])
+                teacher, teacher_labels = self.answer_logits(prefix, batch["text"], head=states)
             assert torch.equal(teacher_labels, labels), "both are scored on the same answer tokens"
 
-        return self_kd_loss(student, teacher, labels, alpha, temperature, n_tokens)
+        # Logits of many answers would fill the memory: the head is applied to parts of them.
+        return loss_in_parts(self_kd_loss, self.lvlm.lm_head, student, teacher, labels, alpha,
+                             temperature, n_tokens)
 
     # ---- answering -------------------------------------------------------------------------------
 
@@ -297,14 +305,19 @@ class OLLM(nn.Module):
             info, base, whisper = runs.checked_sources(run)
 
             # The LVLM, from the base.
-            lvlm = load_lvlm(base, device=device)
+            lvlm = checkpoints.load_lvlm(base, device=device)
             settings = prompt_settings(lvlm, info["settings"])
-            tokenizer = load_tokenizer(base, lvlm.config.text_config, settings.chat)
+            tokenizer = checkpoints.load_tokenizer(base, lvlm.config.text_config, settings.chat)
+            parts = checkpoints.own_audio_encoder(lvlm)
             if base == run:
-                return cls(lvlm, tokenizer, settings, base).requires_grad_(False).move_to(device)
+                ollm = cls(lvlm, tokenizer, settings, base, *parts, whisper=base if parts else None)
+                return ollm.requires_grad_(False).move_to(device)
 
             # The trained parts, from the run; names must match.
-            parts = empty_audio_encoder(run) if whisper == run else load_audio_encoder(whisper)
+            if not parts and whisper == run:
+                parts = checkpoints.empty_audio_encoder(run)
+            elif not parts:
+                parts = checkpoints.load_audio_encoder(whisper)
             ollm = cls(lvlm, tokenizer, settings, base, *parts, whisper)
             own = runs.own_parts(ollm, whisper == run)
             own.load_state_dict(load_file(Path(run) / "model.safetensors"))
@@ -318,9 +331,12 @@ def start_model(config, device="cpu"):
     ollm = OLLM(*build_lvlm()) if stage == "vision-text" else OLLM.load(config.init, device)
 
     # The stage audio-text gives the LVLM an audio encoder; vision-audio must find one.
+    if stage == "audio-text" and checkpoints.own_audio_encoder(ollm.lvlm):
+        raise BadInput(f"{config.init}: hears already; its only stage is vision-audio")
     if stage == "audio-text" and ollm.audio_encoder is None:
-        parts = load_audio_encoder(config.whisper) if config.whisper else build_audio_encoder()
-        ollm = OLLM(ollm.lvlm, ollm.tokenizer, ollm.settings, ollm.base, *parts, config.whisper)
+        whisper = config.whisper
+        parts = checkpoints.load_audio_encoder(whisper) if whisper else build_audio_encoder()
+        ollm = OLLM(ollm.lvlm, ollm.tokenizer, ollm.settings, ollm.base, *parts, whisper)
     if stage == "vision-audio" and ollm.audio_encoder is None:
         raise BadInput(f"{config.init}: has no audio encoder; vision-audio starts from an "
                        "audio-text run")

@@ -64,7 +64,7 @@ PRESETS = {
     **{name: {
         "lvlm": lvlm,
         "whisper": "openai/whisper-large-v3",
-        "audio-text": {"lr": 4e-5, "global_batch": 128, "micro_batch": clips},
+        "audio-text": clips and {"lr": 4e-5, "global_batch": 128, "micro_batch": clips},
         "vision-audio": {"lr": 4e-5, "global_batch": 64, "micro_batch": 8},
     } for name, (lvlm, clips) in BASES.items()},
 }
@@ -81,7 +81,7 @@ class Config:
     # Start and data
     init: str | None  # run or LVLM that the stage starts from; None: random weights
     whisper: str | None  # Whisper that audio-text starts from; None: the built-in encoder
-    data: list  # prepared folders
+    data: list  # prepared folders; twice the same is two epochs
     samples: int | None = None  # take only the first so many
     max_tiles: int | None = None  # tiles of a picture; None: as the start has it
     audio_seconds: float | None = None  # pad speech to so many; None: as the start has it
@@ -112,7 +112,7 @@ def parse_arguments():
         "encoder and projector, as in the paper, or the projector alone")
     add("--on-policy", type=in_range(0.0, 1.0), default=0.0, metavar="P", help="share of steps "
         "that take the student's own greedy answers instead of the data's, with alpha 1")
-    add("--seed", type=in_range(0, 2**32), default=0, help="of start, order and built-in data")
+    add("--seed", type=in_range(0, 2**48), default=0, help="of start, order and built-in data")
     # Where things lie
     add("--data", nargs="+", help="prepared folders (default: the built-in world's)")
     add("--init", help="run to start from; for audio-text also an LVLM's folder or hub id")
@@ -131,15 +131,18 @@ def parse_arguments():
     add("--workers", type=in_range(0), default=4, help="processes that read ahead for each GPU")
     add("--save-every", type=in_range(1), default=500, help="steps between checkpoints")
     args = parser.parse_args()
-    if args.stage not in PRESETS[args.preset]:
+    stages = stages_of(args.preset)
+    if args.stage not in stages:
         parser.error(f"the preset {args.preset} has no stage {args.stage}: its LVLM comes trained")
+    if args.whisper and "audio-text" not in stages:
+        parser.error(f"the preset {args.preset} hears already: no --whisper")
     runs.check_start(args)
     return args
 
 
 def stages_of(preset):
     """Returns the stages that a preset has, in their order."""
-    return [stage for stage in STAGES if stage in PRESETS[preset]]
+    return [stage for stage in STAGES if PRESETS[preset].get(stage)]
 
 
 def stages_to_train(args):
@@ -272,6 +275,7 @@ def train_stage(args, config, out, rank, world_size, device):
               "trained")
         for key, value in asdict(config).items():
             print(f"    {key:14} {value}")
+        print(checkpoint.describe_norms(ollm, epoch[0][0], device), end="")
         if first:
             print(f"{config.stage}: going on after step {first}")
 
@@ -337,6 +341,9 @@ def main():
     args = parse_arguments()
     rank, world_size, device = processes.set_up_processes(args.device)
     print0 = print if rank == 0 else lambda *_: None
+    if args.preset != "shapes" and args.device is None and device.type == "cpu":
+        raise BadInput("no GPU was found (does `nvidia-smi` show one, with a driver as new as this "
+                       "torch's CUDA?); --device cpu trains without one")
     if args.preset == "shapes":
         print0("This is the built-in world: tiny models. The paper's own: see README, Reproduce.")
 

@@ -1,4 +1,4 @@
-"""Measures the cost of a Self-KD step against the naive (textbook) two full passes.
+"""Measures the cost of a Self-KD step against the naive two full passes.
 
     python -m analysis.bench                             # true widths, a quarter of the layers
     python -m analysis.bench --size shapes --rounds 20   # the built-in world's models, in seconds
@@ -62,10 +62,10 @@ SYSTEM_TOKENS = 40  # InternVL2's system message has about as many
 ALPHA = 0.75
 
 
-# ---- the textbook --------------------------------------------------------------------------------
+# ---- naive ---------------------------------------------------------------------------------------
 
 
-def textbook_pass(ollm, batch, form):
+def naive_pass(ollm, batch, form):
     """Runs the native model over whole sequences (B, T), all of one length: nothing is padded.
 
     Returns (logits (B, T, V) at every position, labels (B, T): the token that each should predict).
@@ -78,7 +78,7 @@ def textbook_pass(ollm, batch, form):
     x = x.masked_scatter(image_placeholders, ollm.encode_images(batch["pixels"]).to(x.dtype))
     if form == "audio":
         audio_placeholders = (ids == AUDIO_PLACEHOLDER)[..., None]  # (B, T, 1)
-        x = x.masked_scatter(audio_placeholders, textbook_hear(ollm, batch).to(x.dtype))
+        x = x.masked_scatter(audio_placeholders, naive_encode_audio(ollm, batch).to(x.dtype))
 
     no_labels = torch.full_like(prefix["ids"], IGNORE)  # (B, P)
     labels = torch.cat([no_labels, query["labels"]], dim=1)  # (B, T)
@@ -90,24 +90,24 @@ def next_labels(labels):
     return F.pad(labels[:, 1:], (0, 1), value=IGNORE)
 
 
-def textbook_hear(ollm, batch):
+def naive_encode_audio(ollm, batch):
     """Returns audio tokens (B, A, D) by transformers' encoder, if it is 30 s: it takes no other."""
-    if batch["mel"].size(-1) != 3000:
+    if batch["mel"].size(-1) != 2 * ollm.audio_encoder.config.max_source_positions:
         return ollm.encode_audio(batch["mel"], batch["n_frames"])
-    mel = batch["mel"].to(ollm.projector.weight.dtype)  # (B, mel bins, 3000)
-    frames = ollm.audio_encoder(mel).last_hidden_state  # (B, 1500, W)
+    mel = batch["mel"].to(ollm.projector.weight.dtype)  # (B, mel bins, L)
+    frames = ollm.audio_encoder(mel).last_hidden_state  # (B, L / 2, W)
     return ollm.projector(frames.unflatten(1, (-1, 2)).mean(2))
 
 
-def textbook(ollm, batch, alpha):
+def naive_loss(ollm, batch, alpha):
     """Returns Self-KD's loss by two full passes, or SFT's (alpha 0) by one.
 
     The CE is taken over the whole sequence, as in transformers.
     """
     if alpha > 0:
         with torch.no_grad():
-            teacher, teacher_labels = textbook_pass(ollm, batch, "text")  # (B, T, V), (B, T)
-    student, labels = textbook_pass(ollm, batch, "audio")  # speech takes more tokens
+            teacher, teacher_labels = naive_pass(ollm, batch, "text")  # (B, T, V), (B, T)
+    student, labels = naive_pass(ollm, batch, "audio")  # speech takes more tokens
     ce = F.cross_entropy(student.flatten(0, 1), labels.flatten(), ignore_index=IGNORE)
     if alpha == 0:
         return ce
@@ -141,19 +141,19 @@ def ours(ollm, batch, alpha):
 
 
 STEPS = {  # key: (name, loss, alpha, length in seconds that speech is padded to)
-    "textbook_kd": ("textbook Self-KD", textbook, ALPHA, 30),
+    "naive_kd": ("naive Self-KD", naive_loss, ALPHA, 30),
     "shared_prefix": ("+ shared prefix", shared_prefix, ALPHA, 30),
     "answer_head": ("+ answer-only head", ours, ALPHA, 30),
     "kd": ("+ real audio length: our Self-KD", ours, ALPHA, 0),
     "sft": ("our SFT", ours, 0.0, 0),
-    "textbook_sft": ("textbook SFT", textbook, 0.0, 30),
-    "textbook_kd_real_length": ("textbook Self-KD, real length", textbook, ALPHA, 0),
+    "naive_sft": ("naive SFT", naive_loss, 0.0, 30),
+    "naive_kd_real_length": ("naive Self-KD, real length", naive_loss, ALPHA, 0),
 }
-EVERY_ROUND = ("textbook_kd", "kd", "sft", "textbook_sft")
-RATIOS = {"textbook_kd_over_kd": ("textbook_kd", "kd"),
-          "textbook_sft_over_kd": ("textbook_sft", "kd"), "kd_over_sft": ("kd", "sft"),
-          "textbook_kd_over_kd_both_30s": ("textbook_kd", "answer_head"),
-          "textbook_kd_over_kd_both_real_length": ("textbook_kd_real_length", "kd")}
+EVERY_ROUND = ("naive_kd", "kd", "sft", "naive_sft")
+RATIOS = {"naive_kd_over_kd": ("naive_kd", "kd"),
+          "naive_sft_over_kd": ("naive_sft", "kd"), "kd_over_sft": ("kd", "sft"),
+          "naive_kd_over_kd_both_30s": ("naive_kd", "answer_head"),
+          "naive_kd_over_kd_both_real_length": ("naive_kd_real_length", "kd")}
 
 
 def step(ollm, optimizer, batch, loss_of, alpha):
@@ -238,22 +238,8 @@ def flop_counter():
             lambda _, query, key, *__, **___: 5 * 2 * query.numel() * key[-2]})
 
 
-def in_vain(ollm, batch):
-    """Returns the FLOPs of a step that its mathematics does not need.
-
-    They are the last layer's output at the prefix, of which only keys and values are read, and the
-    gradients of the prefix's keys and values, which nobody takes. Two FLOPs a multiplication.
-    """
-    llm, (samples, prefix) = ollm.lvlm.config.text_config, batch["prefix"]["ids"].shape
-    width, student = llm.hidden_size, batch["audio"]["ids"].size(1)
-    unread = 2 * width**2 + 3 * width * llm.intermediate_size  # queries, output, the MLP's three
-    last_layer = 2 * prefix * unread + 2 * 2 * prefix * prefix * width
-    gradients = llm.num_hidden_layers * 2 * 2 * student * prefix * width
-    return samples * (last_layer + gradients)
-
-
 def worst_difference(args):
-    """Returns the largest relative difference of our gradients from the textbook's, in float64."""
+    """Returns the largest relative difference of our gradients from the naive one's, in float64."""
     ollm, _ = build("shapes", 1, torch.device("cpu"))
     to_float64(ollm)
     trained = [p for p in ollm.parameters() if p.requires_grad]
@@ -267,7 +253,7 @@ def worst_difference(args):
 
     worst = 0.0
     for loss_of, alpha in ((shared_prefix, ALPHA), (ours, ALPHA), (ours, 0.0)):
-        expected = gradient(textbook, alpha)
+        expected = gradient(naive_loss, alpha)
         difference = (gradient(loss_of, alpha) - expected).norm() / expected.norm()
         worst = max(worst, difference.item())
     return worst
@@ -281,7 +267,7 @@ def now(device):
 
 
 def measure(args):
-    """Returns (seconds, FLOPs, memory, floors): the first three are dicts by (tiles, step).
+    """Returns (seconds, FLOPs, memory), each a dict by (tiles, step).
 
     All steps take turns. The first round counts FLOPs as well, which takes milliseconds. In the
     real widths, steps that are not in EVERY_ROUND are timed in the first round alone. Memory, the
@@ -307,10 +293,7 @@ def measure(args):
             torch.cuda.reset_peak_memory_stats()
             step(ollm, optimizer, batch, loss_of, alpha)
             memory[tiles, name] = torch.cuda.max_memory_allocated() - before
-    floors = {}
-    for tiles in args.tiles:
-        floors[tiles] = flops[tiles, "kd"] - in_vain(ollm, make_batch(ollm, tiles, args, 0))
-    return seconds, flops, memory, floors
+    return seconds, flops, memory
 
 
 # ---- reporting -----------------------------------------------------------------------------------
@@ -321,7 +304,7 @@ def ratio(seconds, tiles, slow, fast):
     return statistics.median(a / b for a, b in zip(seconds[tiles, slow], seconds[tiles, fast]))
 
 
-def summary(args, seconds, flops, memory, floors):
+def summary(args, seconds, flops, memory):
     """Returns all numbers as one JSON object; a key ends with its number of tiles, _1 or _7."""
     result = {"seconds": {}, "ratios": {}, "memory": {}, "flops": {}}
     for tiles in args.tiles:
@@ -333,8 +316,6 @@ def summary(args, seconds, flops, memory, floors):
         for name in STEPS:
             if (tiles, name) in memory:
                 result["memory"][f"{name}_bytes_{tiles}"] = memory[tiles, name]
-        result["flops"][f"floor_{tiles}"] = floors[tiles]
-        result["flops"][f"over_floor_{tiles}"] = flops[tiles, "kd"] / floors[tiles]
     return result
 
 
@@ -344,11 +325,11 @@ def print_steps(args, tiles, seconds, flops, memory):
     rows = []
     for name, (label, *_) in STEPS.items():
         times, work = seconds[tiles, name], flops[tiles, name]
-        median, speedup = statistics.median(times), ratio(seconds, tiles, "textbook_kd", name)
+        median, speedup = statistics.median(times), ratio(seconds, tiles, "naive_kd", name)
         size = f"{memory[tiles, name] / 1e9:.2f}" if (tiles, name) in memory else ""
         rows.append([label, f"{median:.3g} ({min(times):.3g} to {max(times):.3g})",
                      f"{speedup:.2f}", f"{work / 1e9:.4g}", size])
-    tables.print_table(["step", "s, median (least to most)", "textbook Self-KD / it", "GFLOP",
+    tables.print_table(["step", "s, median (least to most)", "naive Self-KD / it", "GFLOP",
                         "GB above weights"], rows)
 
 
@@ -375,22 +356,20 @@ def parse_arguments():
 def main():
     args = parse_arguments()
     worst = worst_difference(args)
-    print("gradients of shared prefix and answer-only head against the textbook's, float64, tiny "
+    print("gradients of shared prefix and answer-only head against the naive one's, float64, tiny "
           f"widths: relative difference {worst:.1e}")
     assert worst < 1e-9, "the shared prefix or the answer-only head changes the gradient"
 
     share = f", {args.layers:g} of the layers" if args.size == "internvl2-1b" else ""
     print(f"{args.size}{share}, random weights; {args.device}, {torch.get_num_threads()} threads")
-    seconds, flops, memory, floors = measure(args)
+    seconds, flops, memory = measure(args)
     for tiles in args.tiles:
         print_steps(args, tiles, seconds, flops, memory)
 
-    result = summary(args, seconds, flops, memory, floors)
+    result = summary(args, seconds, flops, memory)
     print()
-    for kind in ("ratios", "memory", "flops"):
-        for key, value in result[kind].items():
-            if value < 1000:  # the shares; bytes and FLOPs stand in the tables
-                print(f"{key:40} {value:.3f}")
+    for key, value in result["ratios"].items():
+        print(f"{key:40} {value:.3f}")
     if args.json:
         print(json.dumps(result))
 

@@ -2,6 +2,7 @@
 
 import ast
 import shutil
+import subprocess
 from pathlib import Path
 
 from plumbing.files import BadInput, atomic_folder, write_text
@@ -14,7 +15,7 @@ PARTS = {  # in the order of EXERCISES.md: file and points
     "answer_logits": ("model.py", 15),
     "embed": ("model.py", 15),
     "encode_audio": ("model.py", 15),
-    "decode_query": ("model.py", 20),
+    "decode_query": ("model.py", 15),
     "forward_backward": ("train.py", 15),
 }
 EXTRA = {
@@ -22,17 +23,33 @@ EXTRA = {
     "paired_bootstrap": ("plumbing/tables.py", 5),
     "seed_interval": ("plumbing/tables.py", 5),
 }
-ALL = PARTS | EXTRA
-FILES = sorted({file for file, _ in ALL.values()})
-NOT_COPIED = (".git", ".ci", ".venv", ".*_cache", ".*.tmp", "__pycache__", "runs", "results.json",
-              "tests", "teaching.md")
+LAST = {"together": ("", 5)}  # all files train and answer, once each part has points
+ALL = PARTS | EXTRA | LAST
+FILES = sorted({file for file, _ in ALL.values() if file})
+LIST = "course/files.txt"  # in a student's tree: what it was handed out with
+KEPT_BACK = (".ci/", "analysis/bench.py", "analysis/probe.py", "docs/teaching.md", "tests/")
+
+
+def handed_out():
+    """Returns the paths of a student's tree: what git tracks, less solutions and most tests."""
+    if (ROOT / LIST).exists():
+        return (ROOT / LIST).read_text().splitlines()
+    done = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise BadInput(f"{ROOT}: `git ls-files` fails; a handout is made in a clone of the project")
+    paths = [path for path in done.stdout.split("\0") if (ROOT / path).is_file()]
+    return [path for path in paths
+            if path.startswith("tests/course/") or not path.startswith(KEPT_BACK)]
 
 
 def copy_tree(folder):
-    """Copies this tree into a folder. Of the tests, the graders alone."""
-    ignore = shutil.ignore_patterns(*NOT_COPIED)
-    for part in ("", "tests/course"):
-        shutil.copytree(ROOT / part, Path(folder) / part, ignore=ignore, dirs_exist_ok=True)
+    """Copies what is handed out into a folder, with its list."""
+    paths = handed_out()
+    for path in paths:
+        target = Path(folder) / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / path, target)
+    write_text(Path(folder) / LIST, "".join(f"{path}\n" for path in paths))
 
 
 def find(source, name):
@@ -43,16 +60,21 @@ def find(source, name):
     raise BadInput(f"has no function {name}")
 
 
+def empty(file, names):
+    """Empties functions of a Python file."""
+    lines = file.read_text().splitlines()
+    for name in names:
+        first, end, indent = find("\n".join(lines), name)
+        error = f'raise NotImplementedError("{name} is not written yet")'
+        lines[first:end] = [" " * indent + error]
+    write_text(file, "\n".join(lines) + "\n")
+
+
 def write_handout(folder, parts):
     """Writes a student's tree into a new folder, in which these parts are empty."""
     if Path(folder).exists() and any(Path(folder).iterdir()):
         raise BadInput(f"{folder}: is not empty; a student's work is never overwritten")
     with atomic_folder(folder, last="EXERCISES.md") as tree:
         copy_tree(tree)
-        for name in parts:
-            file = tree / ALL[name][0]
-            lines = file.read_text().splitlines()
-            first, end, indent = find("\n".join(lines), name)
-            error = f'raise NotImplementedError("{name} is not written yet")'
-            lines[first:end] = [" " * indent + error]
-            write_text(file, "\n".join(lines) + "\n")
+        for file in FILES:
+            empty(tree / file, [name for name in parts if ALL[name][0] == file])

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,9 @@ from tqdm import tqdm
 from plumbing import runs
 from plumbing.files import BadInput, at, folder_lock, json_lines, write_json_lines
 
-KEYS = ("text", "audio", "transcript", "text remark", "audio remark", "asked")  # beside a sample's
+KEYS = ("text", "audio", "transcript", "cascade", "floor",  # beside a sample's own
+        "text remark", "audio remark", "asked")
+SPEECH = ("audio_seconds", "suffix", "tts", "voice")  # settings that no written answer depends on
 CODE = ("model.py", "data.py", "real/families.py")  # answers depend on it, too
 
 
@@ -33,7 +36,17 @@ class Subject:
     forms: tuple  # that it understands: "text", "audio", "transcript"
     identity: str  # of its weights and code, or the name of a server's model
     batch: int  # questions answered at once
-    settings: dict | None = None  # model.py's; a server takes pictures as they are
+    settings: object = None  # PromptSettings; a server takes pictures as they are
+    reader: object = None  # the Subject that answers written questions: the base of frozen runs
+
+
+def subject_of(run, device, answer, forms, batch, settings):
+    """Returns the Subject of a run, and as its reader that of its base; see Subject."""
+    base = runs.source_of(run, "base")
+    reader = Subject(str(base), answers_folder(base), answer, ("text",), base_digest(run, device),
+                     batch, settings)
+    return Subject(str(run), answers_folder(run), answer, forms, run_digest(run, device), batch,
+                   settings, reader)
 
 
 # ---- asking --------------------------------------------------------------------------------------
@@ -60,14 +73,31 @@ def ask(subject, samples, indices, forms, path, max_new_tokens):
     path: JSONL that keeps the answers. Until all are there, they are appended to a file beside it,
     so that a command which was killed goes on. Its lock is held meanwhile.
     """
-    settings = samples.settings and samples.settings.to_json()
+    # All runs on a frozen base read alike: it is asked once for all of them.
+    written = {}
+    if subject.reader and "text" in forms:
+        base_path = subject.reader.folder / f"base-{path.name}"
+        rows = ask(subject.reader, samples, indices, ["text"], base_path, max_new_tokens)
+        written = {i: {"text": row["text"]} for i, row in zip(indices, rows)}
+        forms = [form for form in forms if form != "text"]
+
+    # A written answer does not depend on the speech.
+    settings, files = samples.settings and samples.settings.to_json(), ("image", "audio")
+    if forms == ["text"] and settings:
+        settings = {key: value for key, value in settings.items() if key not in SPEECH}
+        files = ("image",)
     about = digest([subject.identity, settings, forms, max_new_tokens])
-    asked = {i: about + question_digest(samples.rows[i]) for i in indices}
+    asked = {i: about + question_digest(samples.rows[i], files) for i in indices}
     answer = functools.partial(subject.answer, forms=forms, max_new_tokens=max_new_tokens)
     begun, nothing = path.with_suffix(".begun.jsonl"), dict.fromkeys(KEYS)
     with folder_lock(path.parent, file=path.name):
         kept = read_kept([path, begun], about)
         done = {i for i in indices if i in kept and kept[i]["asked"] == asked[i]}
+        if forms == ["text"] and done:
+            print(f"{len(done):,} written answers are kept in {path}", file=sys.stderr)
+        if not forms:
+            kept |= {i: {**samples.rows[i], **nothing, "asked": asked[i]} for i in indices}
+            done = {*indices}
         batches = answer_batches(answer, samples, indices, samples.length, subject.batch, done,
                                  subject.label)
         write_kept(begun, kept)
@@ -81,6 +111,7 @@ def ask(subject, samples, indices, forms, path, max_new_tokens):
         # What no answer depends on, such as a label, may have changed.
         for i in indices:
             kept[i] = {**samples.rows[i], **{key: kept[i][key] for key in KEYS}}
+            kept[i] |= written.get(i, {})
         write_kept(path, kept)
         begun.unlink()
     return [kept[i] for i in indices]
@@ -111,10 +142,17 @@ def run_digest(run, device):
     return digest([runs.fingerprint(run), sources, code, device])
 
 
-def question_digest(row):
-    """Returns the digest of a question: its text, and its picture's and recording's bytes."""
-    content = [row.get("question"), row.get("after")]
-    for key in ("image", "audio"):
+def base_digest(run, device):
+    """Returns the same of a run's base alone, which its written answers depend on."""
+    root = Path(__file__).parent.parent
+    base = runs.read_run_info(run).get("base_fingerprint") or runs.fingerprint(run)
+    return digest([base, [file_digest(root / name) for name in CODE], device])
+
+
+def question_digest(row, files=("image", "audio")):
+    """Returns the digest of a question: its text, and the bytes of its picture and recording."""
+    content = [row.get("question"), row.get("after"), row.get("other")]
+    for key in files:
         with at(row["where"]):
             content.append(file_digest(Path(row["folder"]) / row[key]) if key in row else None)
     return digest(content)

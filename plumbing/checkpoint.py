@@ -7,11 +7,12 @@ samples and the learning rate of a step are functions of the seed and the step.
 import json
 import time
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from plumbing.files import BadInput, at, atomic_write
-from plumbing.processes import all_reduce, broadcast, world_size
+from plumbing.processes import all_reduce, broadcast, half_precision, to_device, world_size
 from plumbing.runs import differences
 
 FREE = ("max_steps", "micro_batch")  # may differ when a training resumes
@@ -74,6 +75,21 @@ def read(path, config, trained, optimizer):
                 p = trained[name]
                 optimizer.state[p][moment] = file.get_tensor(key).to(p.device)
         return int(about["step"])
+
+
+def describe_norms(ollm, batch, device):
+    """Returns a line with the median norms of word embeddings and of a batch's audio tokens.
+
+    Where audio tokens are many times as long, a pre-norm LLM's layers hardly change them.
+    """
+    if batch["mel"] is None:
+        return ""
+    batch = to_device(batch, device)
+    with torch.no_grad(), half_precision(device):
+        audio_tokens = ollm.encode_audio(batch["mel"], batch["n_frames"])  # (B, A, D)
+    words = ollm.lvlm.get_input_embeddings().weight  # (V, D)
+    norms = [tokens.norm(dim=-1).median().item() for tokens in (words, audio_tokens)]
+    return "median norm of a word embedding {:.3g}, of an audio token {:.3g}\n".format(*norms)
 
 
 def open_log(path, first):

@@ -64,7 +64,7 @@ def freeze_in_bfloat16(model):
 
     Buffers keep float32: rounded, the rotary angles of far positions would be wrong.
     """
-    for part in model.children():
+    for part in (*model.children(), *model.lvlm.children(), *model.lvlm.model.children()):
         if not any(parameter.requires_grad for parameter in part.parameters()):
             for parameter in part.parameters():
                 parameter.data = parameter.data.bfloat16()

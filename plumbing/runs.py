@@ -77,6 +77,14 @@ def read_run_info(run):
     raise BadInput(f"{run}: not a finished run (it has no ollm.json)")
 
 
+def can_listen(run):
+    """Tells whether a run hears, or an LVLM that is no run: omni models do."""
+    if read_run_info(run)["base"] is not None:
+        return True
+    config = read_json(fetch(run) / "config.json")
+    return "audio_config" in config.get("thinker_config", config)
+
+
 def save(ollm, run, config):
     """Writes a run folder: what was trained (safetensors), and how and on which base (JSON).
 
@@ -138,6 +146,8 @@ def own_parts(ollm, with_encoder):
     parts = {"projector": ollm.projector}
     if with_encoder:
         parts["audio_encoder"] = ollm.audio_encoder
+    if with_encoder and hasattr(ollm.audio_encoder, "proj"):  # the projector is part of it
+        del parts["projector"]
     return nn.ModuleDict(parts)
 
 
@@ -233,7 +243,7 @@ def asked_for(args, listening=False):
         command = f"torchrun --standalone train.py {shlex.join(chain_options(args))}"
         raise BadInput(f"{aligned.parent}: no finished run of seed {args.seed}; "
                        f"`{command}` makes one")
-    able = [run for run in paths if not listening or read_run_info(run)["base"] is not None]
+    able = [run for run in paths if not listening or can_listen(run)]
     if not able:
         raise BadInput(f"{', '.join(map(str, paths))}: cannot listen; "
                        "name a run of the stage audio-text or vision-audio")
@@ -272,7 +282,7 @@ def arguments(description):
     add = parser.add_argument
     add("runs", nargs="*", help="run folders (default: the chain of --preset and --seed)")
     add("--preset", default="shapes", help="whose runs, if none are named")
-    add("--seed", type=in_range(0, 2**32), default=0, help="whose runs, if none are named")
+    add("--seed", type=in_range(0, 2**48), default=0, help="whose runs, if none are named")
     add("--whisper", help="train.py's, whose runs, if none are named")
     add("--data", help="prepared folder of questions (default: the test part of each run's seed)")
     add("--n", type=in_range(1), help="take only the first so many questions")

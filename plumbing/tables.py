@@ -21,12 +21,13 @@ STUDENT_T = (4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 def seed_interval(before, after):
-    """Returns (mean, low, high) of after - before in points, and how the interval was made.
+    """Returns a pair: (mean, low, high) of after - before in points, and a text: how it was made.
 
-    before, after: scores from 0 to 1 of the same questions, a list for each seed of training
-    Of three seeds or more it is a 95 % interval of Student's t over the seeds' mean differences. It
-    says what further seeds would give. One or two seeds cannot say that: then it is
-    `paired_bootstrap`'s, over their questions.
+    before, after: scores from 0 to 1 of the same questions, a list for each seed of training; a
+    seed counts as one, however many questions it has
+    Of three seeds or more it is a 95 % interval of Student's t over the seeds' mean differences,
+    which says what further seeds would give. More than ten take STUDENT_T's last value. One or two
+    seeds say nothing of others: then it is `paired_bootstrap`'s, over the questions of both.
     """
     differences = [100 * (statistics.fmean(b) - statistics.fmean(a))
                    for a, b in zip(before, after)]

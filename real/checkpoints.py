@@ -13,6 +13,7 @@ compares it with the original code's outputs.
 """
 
 import re
+from pathlib import Path
 
 import torch
 import transformers
@@ -73,6 +74,11 @@ NAMES = {  # by config.json's model_type: published parameter names, as patterns
         (r"^model\.(embed_tokens|layers|norm)\.", r"model.language_model.\1.")),
 }
 NAMES["qwen2_5_vl"] = NAMES["qwen2_vl"]
+NAMES["qwen2_5_omni"] = (
+    (r"^thinker\.(visual|audio_tower)\.", r"model.\1."),
+    (r"^thinker\.model\.", "model.language_model."),
+    (r"^thinker\.lm_head\.", "lm_head."))
+SPEAKING = ("talker.", "token2wav.")  # an omni model's voice, which is not loaded
 
 
 # ---- weights -------------------------------------------------------------------------------------
@@ -132,6 +138,7 @@ def load_lvlm(path, image_token_id=None, dtype=None, device="cpu"):
                            f"(internvl_chat) and transformers' {', '.join([*NAMES][1:])}")
         if layout != "internvl_chat":
             config = AutoConfig.from_pretrained(folder)
+            config = getattr(config, "thinker_config", config)
         else:
             if image_token_id is None:
                 image_token_id = load_tokenizer(folder).convert_tokens_to_ids("<IMG_CONTEXT>")
@@ -139,6 +146,8 @@ def load_lvlm(path, image_token_id=None, dtype=None, device="cpu"):
         with no_init_weights():  # up to 8 billion random numbers that nobody would look at
             lvlm = AutoModelForImageTextToText.from_config(config, dtype=dtype).to(device)
         lvlm.tie_weights()
+        if hasattr(lvlm.model, "audio_tower"):
+            lvlm.model.audio_tower.float()  # it is trained
         load_weights(lvlm, rename(stored_tensors(folder), NAMES[layout], config.text_config))
         return lvlm.eval()
 
@@ -203,6 +212,8 @@ def rename(tensors, names, llm):
     """
     share = llm.num_attention_heads // llm.num_key_value_heads  # queries of a key head
     for key, tensor in tensors:
+        if key.startswith(SPEAKING):
+            continue
         parts = [(key, tensor)]
         if "vision_model." in key and ".attn.qkv." in key:
             parts = [(key.replace(".attn.qkv.", f".attention.{name}_proj."), part)
@@ -253,7 +264,8 @@ def check_chat(tokenizer, llm, name):
     """Raises BadInput if a tokenizer cannot write the chat of this name, or not for this LLM."""
     # The chat's marks are tokens, each of them one.
     chat, vocabulary = CHATS[name], tokenizer.get_vocab()
-    written = chat["before"] + "".join(chat["image"]) + chat["generation_prompt"] + chat["end"]
+    marks = [*chat["image"], *chat.get("audio", ())]
+    written = chat["before"] + "".join(marks) + chat["generation_prompt"] + chat["end"]
     marks = sorted(set(re.findall(r"<[^<>\s]+>", written)))
     missing = [mark for mark in marks if tokenizer(mark).input_ids != [vocabulary.get(mark)]]
     if missing or tokenizer.pad_token_id is None:
@@ -276,7 +288,15 @@ def check_chat(tokenizer, llm, name):
             raise BadInput(f"its chat template is not InternVL3's: it writes {theirs!r:.200}")
 
 
-# ---- Whisper -------------------------------------------------------------------------------------
+# ---- audio encoders ------------------------------------------------------------------------------
+
+
+def own_audio_encoder(lvlm):
+    """Returns (encoder, feature extractor) of an LVLM that hears, or () of one that does not."""
+    tower = getattr(lvlm.model, "audio_tower", None)
+    if tower is None:
+        return ()
+    return tower, WhisperFeatureExtractor(feature_size=tower.config.num_mel_bins)
 
 
 def load_audio_encoder(path):
@@ -294,11 +314,19 @@ def load_audio_encoder(path):
         lacking = sorted({*info["missing_keys"], *info["mismatched_keys"]}, key=str)
         if lacking:
             raise BadInput(f"{lacking[0]} and {len(lacking) - 1} more are missing or do not fit")
-    return encoder, WhisperFeatureExtractor(feature_size=encoder.config.num_mel_bins)
+    return encoder, feature_extractor(folder, encoder)
 
 
 def empty_audio_encoder(path):
     """Returns (encoder, feature extractor) as a run's config.json says, without weights."""
     with at(path), no_init_weights():
         encoder = WhisperEncoder(WhisperConfig.from_pretrained(path))
-    return encoder, WhisperFeatureExtractor(feature_size=encoder.config.num_mel_bins)
+        return encoder, feature_extractor(path, encoder)
+
+
+def feature_extractor(folder, encoder):
+    """Returns Whisper's feature extractor for an encoder, with the frames that a run tells."""
+    path, frames = Path(folder) / "preprocessor_config.json", {}
+    if path.exists():
+        frames = {"hop_length": read_json(path)["hop_length"]}
+    return WhisperFeatureExtractor(feature_size=encoder.config.num_mel_bins, **frames)

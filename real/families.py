@@ -8,9 +8,12 @@ nothing to run here.
 
 from dataclasses import asdict, dataclass
 
+import torch
+
 from plumbing.files import BadInput, at
 
-BASES = {  # by preset: hub id, and how many clips of 30 s audio-text takes at once on 80 GB
+# By preset: hub id, and how many clips of 30 s audio-text takes at once on 80 GB
+BASES = {
     "internvl2-1b": ("OpenGVLab/InternVL2-1B", 16),
     "internvl2-2b": ("OpenGVLab/InternVL2-2B", 16),
     "internvl2-4b": ("OpenGVLab/InternVL2-4B", 16),
@@ -21,7 +24,11 @@ BASES = {  # by preset: hub id, and how many clips of 30 s audio-text takes at o
     "qwen2.5-vl-3b": ("Qwen/Qwen2.5-VL-3B-Instruct", 16),
     "internvl3-1b": ("OpenGVLab/InternVL3-1B-hf", 16),
     "internvl3.5-1b": ("OpenGVLab/InternVL3_5-1B-HF", 16),
+    # Omni models hear already: their only stage is vision-audio
+    "qwen2.5-omni-3b": ("Qwen/Qwen2.5-Omni-3B", None),
+    "qwen2.5-omni-7b": ("Qwen/Qwen2.5-Omni-7B", None),
 }
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PATCHES_PER_TOKEN = 4  # of a Qwen2-VL: 2 x 2 patches of 14 x 14 pixels
 
 INTERNVL2 = {
@@ -49,6 +56,10 @@ CHATS = {
         "end": "<|end|>"},
     "qwen2_vl": QWEN2_VL,
     "qwen2_5_vl": QWEN2_VL,
+    # Speech has marks of its own around it.
+    "qwen2_5_omni_thinker": QWEN2_VL | {
+        "image": ("<|vision_bos|>", "<|IMAGE|>", "<|vision_eos|>"),
+        "audio": ("<|audio_bos|>", "<|audio_eos|>")},
     # InternVL3 and 3.5 in transformers' own layout. Their processors write no system message.
     "internvl": INTERNVL2 | {
         "system": "",
@@ -90,7 +101,7 @@ def lvlm_settings(lvlm):
     if chat not in CHATS or chat == "internvl" and llm not in ("qwen2", "qwen3"):
         raise BadInput(f"an LVLM with the LLM {llm} and the chat {chat}; supported are InternVL2 "
                        "of 1B to 8B in OpenGVLab's layout, InternVL3 and 3.5 with Qwen's LLMs in "
-                       "transformers' (-hf), Qwen2-VL and 2.5-VL")
+                       "transformers' (-hf), Qwen2-VL, 2.5-VL and 2.5-Omni")
     # Qwen2-VL does not tile. Its 448 x 448 pixels are as many tokens as InternVL's tile.
     if not hasattr(vision, "image_size"):
         return PromptSettings(chat, CHATS[chat]["system"], min_tiles=1)
@@ -141,6 +152,11 @@ def generation_prompt_ids(tokenizer, settings):
     return tokenizer(CHATS[settings.chat]["generation_prompt"]).input_ids
 
 
+def audio_mark_ids(tokenizer, settings):
+    """Returns the ids of what stands before and behind speech: nothing, but in omni models."""
+    return tokenizer(list(CHATS[settings.chat].get("audio", ("", "")))).input_ids
+
+
 def tile(image, max_tiles, size=448, thumbnail=True):
     """Cuts a picture by InternVL2's dynamic tiling into at most `max_tiles` squares.
 
@@ -187,6 +203,20 @@ def picture_patches(image, settings):
         return dict(Qwen2VLImageProcessorPil(size=size)(image, return_tensors="pt"))
 
 
+def normalize(tiles):
+    """Normalizes tiles (tiles, 3, H, W) uint8 to the float32 that InternVL's encoder expects."""
+    mean, std = torch.tensor([IMAGENET_MEAN, IMAGENET_STD], device=tiles.device)[..., None, None]
+    return (tiles / 255 - mean) / std
+
+
+def join_pictures(samples):
+    """Returns the samples' pictures, each a dict of tensors, as one such dict; None without any."""
+    pictures = [sample["pixels"] for sample in samples if "pixels" in sample]
+    if not pictures:
+        return None
+    return {key: torch.cat([picture[key] for picture in pictures]) for key in pictures[0]}
+
+
 def count_image_tokens(pixels, settings):
     """Returns how many tokens a picture becomes; no picture (None) becomes 0."""
     if pixels is None:
@@ -204,8 +234,13 @@ def prefix_positions(lvlm, ids, mask, pixels):
     """
     if not hasattr(lvlm.model, "get_rope_index"):
         return (mask.cumsum(1) - 1).clamp(min=0), 0
-    is_image = (ids == lvlm.config.image_token_id).int()  # (B, T)
     grid = (pixels or {}).get("image_grid_thw")
+    if hasattr(lvlm.model, "audio_tower"):
+        # Audio tokens take a position each, as text does.
+        ids = ids.masked_fill(ids == lvlm.config.audio_start_token_id, 0)
+        positions, shift = lvlm.model.get_rope_index(ids, grid, attention_mask=mask)
+        return positions, shift.view(-1, 1)
+    is_image = (ids == lvlm.config.image_token_id).int()  # (B, T)
     return lvlm.model.get_rope_index(ids, is_image, grid, attention_mask=mask)
 
 

@@ -258,6 +258,66 @@ def save_published(folder, config, names, tied=False):
     return folder
 
 
+OMNI_TOKENS = [f"<|{name}|>" for name in (
+    "endoftext", "im_start", "im_end", "AUDIO", "audio_bos", "audio_eos", "vision_bos",
+    "vision_eos", "IMAGE", "VIDEO")]
+
+
+# Widths of Qwen2.5-Omni-3B
+OMNI_3B = {"audio": {"d_model": 1280, "encoder_attention_heads": 20, "encoder_ffn_dim": 5120,
+                     "output_dim": 2048, "n_window": 100, "initializer_range": 0.02},
+           "vision": {"hidden_size": 1280, "num_heads": 16, "intermediate_size": 3420,
+                      "out_hidden_size": 2048},
+           "text": {"hidden_size": 2048, "num_attention_heads": 16, "intermediate_size": 11008,
+                    "rope_parameters": {"rope_type": "default", "mrope_section": [16, 24, 24],
+                                        "rope_theta": 1e6}, "initializer_range": 0.02}}
+
+
+def build_omni(folder, widths=None):
+    """A Qwen2.5-Omni of two layers as the hub has it: shards, and the talker's tensors beside.
+
+    widths: OMNI_3B, or None for tiny ones
+    """
+    widths = widths or {"audio": {}, "vision": {}, "text": {}}
+    torch.manual_seed(0)
+    folder = folder / "omni"
+    folder.mkdir()
+    special = {token: 189 + i for i, token in enumerate(OMNI_TOKENS)}
+    write_tokenizer(folder, special)
+    audio = {"d_model": 32, "encoder_layers": 2, "encoder_attention_heads": 4,
+             "encoder_ffn_dim": 64, "output_dim": 64, "n_window": 10, "initializer_range": 0.2}
+    vision = {"depth": 2, "hidden_size": 32, "num_heads": 4, "intermediate_size": 64,
+              "out_hidden_size": 64, "fullatt_block_indexes": [1]}
+    text = {"vocab_size": 199, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "intermediate_size": 96, "max_position_embeddings": 4096,
+            "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3],
+                                "rope_theta": 1e6},
+            "initializer_range": 0.08, "tie_word_embeddings": False}
+    ids = {"image_token_index": "IMAGE", "audio_token_index": "AUDIO", "video_token_index": "VIDEO",
+           "vision_start_token_id": "vision_bos", "audio_start_token_id": "audio_bos",
+           "audio_end_token_id": "audio_eos"}
+    thinker = {"audio_config": audio | widths["audio"], "vision_config": vision | widths["vision"],
+               "text_config": text | widths["text"],
+               **{key: special[f"<|{name}|>"] for key, name in ids.items()}}
+    config = {"model_type": "qwen2_5_omni", "thinker_config": thinker}
+    (folder / "config.json").write_text(json.dumps(config))
+
+    names = {"model.language_model.": "model.", "model.": ""}
+    thinker = AutoConfig.from_pretrained(folder).thinker_config
+    shards = [{"talker.codec_head.weight": torch.zeros(3)}, {"token2wav.scale": torch.zeros(3)}]
+    lvlm = AutoModelForImageTextToText.from_config(thinker)
+    for i, (name, tensor) in enumerate(lvlm.state_dict().items()):
+        start = next((start for start in names if name.startswith(start)), "")
+        published = f"thinker.{names.get(start, '')}{name.removeprefix(start)}"
+        shards[i % 2][published] = tensor.contiguous()
+    index = {}
+    for i, shard in enumerate(shards, 1):
+        save_file(shard, folder / f"model-{i:05}-of-00002.safetensors")
+        index |= dict.fromkeys(shard, f"model-{i:05}-of-00002.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    return folder
+
+
 # Of the processors of OpenGVLab/InternVL3-1B-hf and InternVL3_5-1B-HF
 INTERNVL3_TEMPLATE = (
     "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n'}}"
@@ -316,6 +376,8 @@ def build_lvlm_folder(family, folder):
     """
     if family == "qwen2":
         return build_internvl2(folder)
+    if family == "omni":
+        return build_omni(folder)
     if family.startswith("internvl3"):
         return build_internvl3(folder, "qwen3" if family == "internvl3_5" else "qwen2")
     if family in ("llama", "phi3"):

@@ -15,7 +15,7 @@ status=0
 # 1. The tests that take a card where there is one
 timeout 120 python -m pytest -q tests/test_gpu.py || status=1
 
-# 2. A step at full depth, in bfloat16, against the textbook's
+# 2. A step at full depth, in bfloat16, against the naive one's
 timeout 200 python -m analysis.bench ${BENCH:---layers 1} || status=1
 
 # 3. InternVL2-1B's true shapes in both stages, and two processes on one card

@@ -11,6 +11,7 @@ import pytest
 from conftest import ROOT, read_lines, run_here
 from safetensors.torch import load_file, save_file
 
+import data
 import eval
 import mmalign
 from benchmarks import words
@@ -186,6 +187,22 @@ def cells(line):
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
+def test_the_floor_reads_another_question_and_the_cascade_its_own_transcript(
+        world, start, tmp_path):
+    shutil.copytree(start, tmp_path / "start")
+    done = run_here("eval.py", "start/base", "start/audio", "--data", world / "test", "--n", 6,
+                    cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "| another of its kind " in done.stdout and "| reads its transcript " in done.stdout
+    ollm = OLLM.load(start / "base").eval()
+    samples = data.Samples(world / "test", ollm.settings, ("question",))
+    for run, form, question in (("base", "floor", "other"), ("audio", "cascade", "transcript")):
+        rows = read_lines(tmp_path / f"start/{run}/answers-mean-test.jsonl")
+        read = [{**samples[i], "question": row[question]} for i, row in enumerate(rows)]
+        assert [row[form] for row in rows] == ollm.answer(read, ("text",))["text"]
+        assert all(row["other"] != row["question"] for row in rows)
+
+
 def test_a_folder_of_speech_gives_the_word_error_rate(world, start, tmp_path):
     shutil.copytree(start, tmp_path / "start")
     done = run_here("eval.py", "start/base", "start/audio", "--data", world / "audio-text",
@@ -340,11 +357,25 @@ def test_what_was_interrupted_goes_on_and_ends_with_the_same_bytes(asked, tmp_pa
     assert kept.read_bytes() == before and not begun.exists()
 
 
+def test_the_base_is_asked_once_for_all_runs(world, start, tmp_path):
+    """The LLM is frozen, so its written answers are the same for all."""
+    shutil.copytree(start, tmp_path / "start")
+    shutil.copytree(start / "audio", tmp_path / "start/other")
+    command = ("--data", world / "test", "--n", 6, "--max-new-tokens", 3)
+    for run, wanted in (("audio", 1), ("other", 0), ("base", 0)):
+        done = run_here("eval.py", f"start/{run}", *command, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        texts = read_lines(tmp_path / f"start/{run}/answers-mean-test.jsonl")
+        assert ("6 written answers are kept" in done.stderr) == (not wanted)
+        assert [row["text"] for row in texts] == [
+            row["text"] for row in read_lines(tmp_path / "start/base/base-answers-mean-test.jsonl")]
+
+
 def test_two_commands_ask_one_run_at_once(world, start, tmp_path):
     shutil.copytree(start, tmp_path / "start")
     command = [sys.executable, ROOT / "eval.py", "start/audio", "--n", "20", "--data",
                world / "test", "--batch", "1"]
     both = [subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE) for _ in range(2)]
-    tables = [process.communicate(timeout=100)[0] for process in both]
+    tables = [process.communicate(timeout=170)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0] and tables[0] == tables[1] != b""
     assert len(read_lines(tmp_path / "start/audio/answers-mean-test.jsonl")) == 20

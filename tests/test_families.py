@@ -35,18 +35,18 @@ from transformers import AutoModelForImageTextToText, Qwen3VLConfig
 
 import data
 from analysis.bench import to_float64
-from data import IGNORE
+from data import AUDIO_PLACEHOLDER, IGNORE
 from loss import self_kd_loss
-from model import OLLM, normalize
+from model import OLLM
 from plumbing import runs
 from plumbing.files import BadInput
 from plumbing.media import speak
 from real import checkpoints
-from real.families import CHATS, OLD_CHATS, PromptSettings
+from real.families import CHATS, OLD_CHATS, PromptSettings, normalize
 from world.models import build_audio_encoder
 
 FAMILIES = ("qwen2", "llama", "phi3", "qwen2_vl", "untied", "qwen2_5_vl",  # untied: Qwen2-VL
-            "internvl3", "internvl3_5")
+            "internvl3", "internvl3_5", "omni")
 SIZES = ((64, 64), (56, 120), (140, 56), (100, 60))
 
 
@@ -59,8 +59,11 @@ def build_listener(family, folder, dtype=torch.float64):
     small = {"image_size": 56, "tokens_per_tile": 4, "max_tiles": 3}
     torch.manual_seed(0)
     settings = replace(ollm.settings, **small)
-    ollm = OLLM(ollm.lvlm, ollm.tokenizer, settings, ollm.base, *build_audio_encoder())
-    torch.nn.init.normal_(ollm.projector.weight, std=0.3)
+    if family == "omni":
+        ollm.settings = settings
+    else:
+        ollm = OLLM(ollm.lvlm, ollm.tokenizer, settings, ollm.base, *build_audio_encoder())
+        torch.nn.init.normal_(ollm.projector.weight, std=0.3)
     ollm.train_only("vision-audio")
     return to_float64(ollm) if dtype == torch.float64 else ollm
 
@@ -88,6 +91,12 @@ def native_logits(ollm, batch, form):
     has_three = hasattr(ollm.lvlm.model, "get_rope_index")
     if has_three:
         ollm.lvlm.model.rope_deltas = None  # which it keeps from one call to the next
+    if hasattr(ollm.lvlm.model, "audio_tower"):
+        ids = ids.masked_fill(ids == AUDIO_PLACEHOLDER, ollm.lvlm.config.audio_token_id)
+        if form == "audio":
+            frames = torch.ones(1, batch["mel"].size(2), dtype=torch.long)
+            pixels |= {"input_features": batch["mel"], "feature_attention_mask": frames}
+        return ollm.lvlm(input_ids=ids, attention_mask=torch.ones_like(ids), **pixels).logits
     if form == "text":
         kind = {"mm_token_type_ids": is_image} if has_three else {}
         return ollm.lvlm(input_ids=ids, **pixels, **kind).logits
@@ -138,7 +147,7 @@ def test_one_dimensional_positions_would_be_seen(tmp_path, monkeypatch):
     assert abs(ours - theirs) > 1e-6 * theirs
 
 
-@pytest.mark.parametrize("family", ["llama", "phi3", "untied"])
+@pytest.mark.parametrize("family", ["llama", "phi3", "untied", "omni"])
 @pytest.mark.parametrize("form", ["text", "audio"])
 def test_batched_answers_equal_one_by_one(family, form, tmp_path):
     ollm = build_listener(family, tmp_path)
@@ -243,7 +252,8 @@ def test_weights_in_half_precision_leave_rotations_alone(family, tmp_path):
     whole = OLLM.load(folder).lvlm
     half = checkpoints.load_lvlm(folder, whole.config.image_token_id, torch.bfloat16)
     for name, parameter in whole.named_parameters():
-        assert torch.equal(half.get_parameter(name), parameter.bfloat16()), name
+        expected = parameter if "audio_tower" in name else parameter.bfloat16()  # that is trained
+        assert torch.equal(half.get_parameter(name), expected), name
     buffers = dict(half.named_buffers())
     assert any("inv_freq" in name for name in buffers)
     for name, buffer in whole.named_buffers():

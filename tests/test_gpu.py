@@ -47,7 +47,7 @@ def take_step(run, device):
     batch = collate(ollm, make_samples(ollm, (1, 0, 1, 0)))
     numbers = train.forward_backward(ollm, [batch], 0.75, 1.0, torch.device(device), 1)
     gradients = [p.grad.flatten() for p in ollm.parameters() if p.requires_grad]
-    return numbers, torch.cat(gradients).cpu().numpy(), ollm.lvlm.dtype
+    return numbers, torch.cat(gradients).cpu().numpy(), ollm.lvlm.lm_head.weight.dtype
 
 
 def test_a_training_step_is_the_cpus(run):

@@ -11,10 +11,10 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer, InternVLPro
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
 import data
-from model import OLLM, normalize
+from model import OLLM
 from plumbing.files import BadInput
 from real import checkpoints
-from real.families import OLD_CHATS, PromptSettings
+from real.families import OLD_CHATS, PromptSettings, normalize
 
 QUESTION = "What is left of the door?"
 SIZES = [(64, 64), (56, 120), (300, 100), (448, 448), (640, 480), (1000, 90), (90, 1000)]

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from loss import self_kd_loss
+from plumbing import parts
 
 N, V = 7, 50
 
@@ -40,3 +41,40 @@ def test_what_the_teacher_rules_out_counts_nothing(logits):
         gradients = [torch.autograd.grad(loss, student, retain_graph=True)[0] for loss in losses]
         torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-15)
         assert not gradients[0][:, [3, 7]].any() and gradients[0].abs().sum() > 0
+
+
+@pytest.mark.parametrize("n", [0, 1, 7, 8])
+@pytest.mark.parametrize("alpha", [0, 0.75, 1])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_the_loss_in_parts_is_the_loss(n, alpha, temperature, monkeypatch):
+    """Value and gradient, whether the answers make one part or several (here of three tokens)."""
+    torch.manual_seed(0)
+    head = torch.nn.Linear(5, 11, bias=False).double()
+    states = torch.randn(2, n, 5, dtype=torch.float64)
+    labels = torch.randint(11, (n,))
+    monkeypatch.setattr(parts, "LOGITS", 3 * 11)
+    results = []
+    for in_parts in (False, True):
+        student, teacher = states[0].clone().requires_grad_(), states[1] if alpha else None
+        if in_parts:
+            terms = parts.loss_in_parts(self_kd_loss, head, student, teacher, labels, alpha,
+                                        temperature)
+        else:
+            teacher = None if teacher is None else head(teacher).detach()
+            terms = self_kd_loss(head(student), teacher, labels, alpha, temperature)
+        terms[0].backward()
+        results.append((*terms, student.grad))
+    for plain, in_parts in zip(*results):
+        torch.testing.assert_close(in_parts, plain, rtol=1e-12, atol=1e-12)
+    assert n == 0 or results[0][0] > 0 and results[0][-1].norm() > 0
+
+
+def test_logits_of_many_answers_are_never_there_at_once(monkeypatch):
+    monkeypatch.setattr(parts, "LOGITS", 3 * 11)
+    head, sizes = torch.nn.Linear(5, 11, bias=False), []
+    head.register_forward_pre_hook(lambda head, inputs: sizes.append(len(inputs[0])))
+    student = torch.randn(8, 5, requires_grad=True)
+    loss = parts.loss_in_parts(self_kd_loss, head, student, torch.randn(8, 5),
+                               torch.randint(11, (8,)), 0.75, 1.0)
+    loss[0].backward()
+    assert max(sizes) == 3 and len(sizes) == 4 * 3

@@ -287,6 +287,16 @@ def test_the_judge(reply, verdict, verdict_if_false_is_first):
         assert mmalign.judge(answer, question, TRUE, FALSE) == wanted
 
 
+@pytest.mark.parametrize("reply, right", [
+    ("star above circle", True), ("it is circle below star", True), ("circle above star", False),
+    ("star below circle", False), ("star", False),
+    ("star above circle or circle above star", False)])
+def test_a_relation_may_be_said_from_the_other_side(reply, right):
+    sample = {"question": "which is right circle above star or star above circle",
+              "label": "star above circle", "false": "circle above star"}
+    assert mmalign.means_right(sample, reply) == right
+
+
 def test_the_built_in_world_is_scored_by_its_own_rule():
     """A reply is right if the true sentence is in it and the false one is not."""
     rng, scores, words = random.Random(0), Counter(), shapes.vocabulary()
@@ -322,7 +332,8 @@ def table(printed):
 def test_the_table_of_a_built_folder(built, run, tmp_path, monkeypatch):
     def answer(ollm, samples, forms, max_new_tokens):
         pairs = [(s["kind"] == "relation", s["label"]) for s in samples]
-        return {"text": [label if relation else "I do not know." for relation, label in pairs],
+        texts = [label if relation else "I do not know." for relation, label in pairs]
+        return {"text": texts,
                 "audio": ["The first sentence." if relation else "B" for relation, _ in pairs]}
 
     monkeypatch.setattr(OLLM, "answer", answer)
@@ -333,15 +344,19 @@ def test_the_table_of_a_built_folder(built, run, tmp_path, monkeypatch):
         "": ["text", "KD 0.75, audio", "KD 0.75, gap"],
         "relation": ["100.0", "50.0", "50.0"], "attribute": ["0.0", "50.0", "-50.0"],
         "MMAlign mean": ["50.0", "50.0", "0.0"], "answered": ["50.0", "100.0", "-50.0"],
-        "right if answered": ["100.0", "50.0", "50.0"]}
+        "right if answered": ["100.0", "50.0", "50.0"], "as with text": ["", "0.0", ""]}
 
-    (run / "answers-MMAlign-mmalign.jsonl").unlink()  # or nothing would be asked
+    kept = [run / "answers-MMAlign-mmalign.jsonl",
+            run.parent / "base/base-answers-MMAlign-mmalign.jsonl"]
+    for path in kept:
+        path.unlink()  # or nothing would be asked
     monkeypatch.setattr(OLLM, "answer", lambda ollm, samples, forms, max_new_tokens: {
         "text": [s["label"] for s in samples], "audio": ["" for _ in samples]})
     silent = table(run_here("mmalign.py", run, "--data", built[0], cwd=tmp_path).stdout)
     assert silent["answered"] == ["100.0", "0.0", "100.0"]
     assert silent["right if answered"] == ["100.0", "", ""]
-    (run / "answers-MMAlign-mmalign.jsonl").unlink()
+    for path in kept:
+        path.unlink()
 
 
 def test_a_built_folder_is_asked_as_text_and_as_speech(built, run, tmp_path, world):
@@ -361,5 +376,6 @@ def test_a_built_folder_is_asked_as_text_and_as_speech(built, run, tmp_path, wor
     (tmp_path / "runs/shapes").mkdir(parents=True)
     (tmp_path / "runs/shapes/data-s0").symlink_to(world)
     ours = run_here("mmalign.py", run, "--n", 4, cwd=tmp_path)
-    assert list(table(ours.stdout))[2:] == ["relation", "attribute", "MMAlign mean",
-                                            "unseen sentences"], ours.stderr
+    lines = ["relation", "attribute", "MMAlign mean", "unseen sentences", "answered",
+             "right if answered", "right by meaning", "as with text"]
+    assert set(list(table(ours.stdout))[2:]) <= set(lines), ours.stderr

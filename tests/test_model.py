@@ -21,9 +21,10 @@ import data
 import train
 from analysis import bench
 from data import IGNORE
-from model import OLLM, normalize, start_model
+from model import OLLM, start_model
 from plumbing.files import BadInput
 from plumbing.media import speak
+from real.families import normalize
 from world.lessons import collate_packed
 
 QUESTIONS = ("what color is the circle", "is there a red star",
@@ -45,11 +46,11 @@ def make_samples(ollm, n=4, seed=0):
     return samples
 
 
-def textbook_loss(ollm, samples, alpha):
+def average_naive_loss(ollm, samples, alpha):
     """Self-KD by two full passes of the native model a sample: no cache, no padding."""
     batches = [collate(ollm, [sample]) for sample in samples]
     counts = [int((batch["audio"]["labels"] != IGNORE).sum()) for batch in batches]
-    return (sum(n * bench.textbook(ollm, batch, alpha) for n, batch in zip(counts, batches))
+    return (sum(n * bench.naive_loss(ollm, batch, alpha) for n, batch in zip(counts, batches))
             / sum(counts))
 
 
@@ -62,7 +63,7 @@ def test_shared_prefix_equals_two_full_passes(max_tiles, alpha):
     assert len(tiles) == (1 if max_tiles == 1 else 3), "the batch must be ragged"
     trained = [p for p in ollm.parameters() if p.requires_grad]
     ours = ollm(collate(ollm, samples), alpha)[0]
-    theirs = textbook_loss(ollm, samples, alpha)
+    theirs = average_naive_loss(ollm, samples, alpha)
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=0)
     for a, b in zip(torch.autograd.grad(ours, trained), torch.autograd.grad(theirs, trained)):
         assert (a - b).norm() <= 1e-9 * b.norm() + 1e-15
@@ -172,7 +173,7 @@ def test_an_answer_of_its_own_is_scored_as_by_two_full_passes(limit, ends):
     labels = batch["audio"]["labels"]
     scored = ollm.tokenizer.convert_ids_to_tokens(labels[labels != IGNORE])
     assert scored == text.split() and ("<|im_end|>" in scored) == ends
-    torch.testing.assert_close(ollm(batch, 1.0)[0], bench.textbook(ollm, batch, 1.0),
+    torch.testing.assert_close(ollm(batch, 1.0)[0], bench.naive_loss(ollm, batch, 1.0),
                                rtol=1e-9, atol=0)
 
 

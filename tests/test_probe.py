@@ -79,10 +79,10 @@ def test_a_question_cut_from_the_picture_in_all_layers_does_not_know_it(ollm, sa
 
 @torch.no_grad()
 @pytest.mark.parametrize("form", FORMS)
-def test_log_likelihood_is_the_textbook_s(ollm, samples, form):
+def test_log_likelihood_is_the_naive_s(ollm, samples, form):
     ours = probe.log_likelihood(ollm, collate(ollm, samples), form)
     for sample, value in zip(samples, ours):
-        logits, labels = bench.textbook_pass(ollm, collate(ollm, [sample]), form)
+        logits, labels = bench.naive_pass(ollm, collate(ollm, [sample]), form)
         theirs = -torch.nn.functional.cross_entropy(logits[0], labels[0], reduction="sum")
         assert value.item() == pytest.approx(theirs.item(), abs=1e-4)
 

@@ -17,7 +17,11 @@ OBJECT = re.compile(rf"\b({'|'.join(shapes.COLORS)}) ({'|'.join(shapes.SHAPES)})
 
 
 def score_answer(sample, answer):
-    """Returns the score of an answer to a built-in question, from 0 to 1."""
+    """Returns the score of an answer to a built-in question, from 0 to 1.
+
+    An answer is right if it has exactly one word of its question's class, the right one, once an
+    exact echo of the question is taken away. A description counts by F1 over (colour, shape) pairs.
+    """
     kind, label = sample["kind"], sample["label"]
     answer = answer.lower().replace(sample["question"], " ")  # an echo answers nothing
     if kind in shapes.CLASSES:
@@ -78,14 +82,13 @@ def style_rates(rows, form):
 
 
 def transcripts(rows):
-    """Returns the percentage of exact transcripts, of seen and of unseen sentences."""
-    values = {}
-    for name, wanted in (("seen", True), ("unseen", False)):
-        exact = [row["transcript"] == row["question"] for row in rows
-                 if row.get("seen", True) == wanted]
-        if exact:
-            values[f"transcripts exact, {name}"] = 100 * statistics.fmean(exact)
-    return values
+    """Returns the percentage of exact transcripts: a mean over seen and over unseen sentences."""
+    exact = {"seen": {}, "unseen": {}}
+    for row in rows:
+        sentences = exact["seen" if row.get("seen", True) else "unseen"]
+        sentences.setdefault(row["question"], []).append(row["transcript"] == row["question"])
+    return {f"transcripts exact, {name}": 100 * statistics.fmean(map(statistics.fmean, by.values()))
+            for name, by in exact.items() if by}
 
 
 def answer_biases(rows, form, score_row):

@@ -71,6 +71,14 @@ def make_clip(i, folder, seed):
     return [{"id": f"{i:06}", **speech, "answer": sentence}]
 
 
+def draw_other(rng, question, kind):
+    """Draws another question of a kind, about any picture."""
+    while True:
+        other = shapes.draw_question(rng, shapes.draw_scene(rng, held_out=False), (kind,))
+        if other is not None and other["question"] != question:
+            return other["question"]
+
+
 def make_pair(i, folder, seed, kinds, noise=0.0, paraphrase=0.0, held_out=False, seen=True):
     """Makes one picture and one question about it, written and spoken (vision-audio, test).
 
@@ -85,7 +93,11 @@ def make_pair(i, folder, seed, kinds, noise=0.0, paraphrase=0.0, held_out=False,
     voices = HELD_OUT_VOICES if held_out else VOICES
     speech = save_speech(folder, f"{i:06}", rng, sample["question"], voices)
     line = {"id": f"{i:06}", "image": f"images/{i:06}.png", **speech, **sample}
-    return [{**line, "seen": seen, "scene": shapes.describe(scene)} if held_out else line]
+    if held_out:
+        # The test's floor: who hears only of what kind a question is may as well read "other".
+        line |= {"seen": seen, "scene": shapes.describe(scene),
+                 "other": draw_other(rng, sample["question"], sample["kind"])}
+    return [line]
 
 
 def make_test(i, folder, seed):
@@ -135,7 +147,7 @@ def add_command(commands):
     """Adds the subcommand `shapes` to data.py."""
     sub = commands.add_parser("shapes", help="make the built-in world")
     add = sub.add_argument
-    add("--seed", type=in_range(0, 2**32), default=0, help="of pictures, questions and voices")
+    add("--seed", type=in_range(0, 2**48), default=0, help="of pictures, questions and voices")
     add("--out", help="folder for the parts (default: runs/shapes/data-s<seed>)")
     add("--parts", nargs="+", default=PARTS, choices=PARTS, help="which parts to make")
     add("--scenes", type=in_range(1), default=16000,

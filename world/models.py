@@ -15,6 +15,7 @@ from transformers import (
 )
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
+from plumbing.files import BadInput
 from real.families import PromptSettings
 from world import shapes
 
@@ -35,6 +36,17 @@ def build_tokenizer():
         tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<|endoftext|>",
         eos_token="<|im_end|>", additional_special_tokens=[*SPECIAL_TOKENS, "\n"],
         clean_up_tokenization_spaces=False, model_max_length=POSITIONS)
+
+
+def check_words(tokenizer, text):
+    """Raises BadInput if a text is empty or has a word that the tokenizer does not know."""
+    if not text.strip():
+        raise BadInput("the question is empty")
+    unknown = [w for w in text.split() if tokenizer.unk_token_id in tokenizer(w).input_ids]
+    if unknown:
+        words = sorted(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens))
+        raise BadInput(f"the built-in world does not know {', '.join(map(repr, unknown))}; its "
+                       f"words are: {' '.join(words)}")
 
 
 def build_lvlm():

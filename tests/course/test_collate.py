@@ -1,19 +1,20 @@
 """Grades `collate` (data.py): ids, labels, padding and sound, row by row."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_model
+from tiny import tiny_model, untouched
 
-from data import AUDIO_PLACEHOLDER, IGNORE, collate, mel_spectrograms
+from data import AUDIO_PLACEHOLDER, FRAMES_PER_TOKEN, IGNORE, collate, mel_spectrograms
+from plumbing.files import BadInput
 
-TURN, END = "<|im_end|><|im_start|>assistant\n", "<|im_end|>"
+PROMPT, END = "<|im_end|><|im_start|>assistant\n", "<|im_end|>"
 QUESTIONS = ("what color is the circle", "is there a red star", "count")
 ANSWERS = ("red", "yes there is", "two things")
-LENGTHS = (6_400, 16_001, 9_000)  # of speech, in waveform samples: 10, 26 and 15 tokens
-N_AUDIO = (10, 26, 15)
+LENGTHS = (6_400, 16_001, 9_000)  # of speech, in waveform samples
 TILES = (1, 3, 1)
 
 
@@ -23,116 +24,99 @@ def ollm():
 
 
 def make_samples(*without, **more):
-    """Returns three samples without some keys, or with more."""
+    """Returns three samples without some keys, and with lists of others."""
     rng, samples = np.random.default_rng(0), []
     for i in range(3):
         pixels = torch.randint(256, (TILES[i], 3, 64, 64), dtype=torch.uint8)
         sample = {"id": str(i), "question": QUESTIONS[i], "answer": ANSWERS[i],
                   "wave": rng.normal(0, 0.1, LENGTHS[i]).astype(np.float32),
-                  "pixels": {"pixel_values": pixels}, **more}
+                  "pixels": {"pixel_values": pixels}}
+        sample |= {key: values[i] for key, values in more.items() if values[i] is not None}
         samples.append({key: value for key, value in sample.items() if key not in without})
     return samples
 
 
-def make_batch(ollm, samples, answers=True, **settings):
+def make_batch(ollm, samples, answers=True, guard=nullcontext, **settings):
     settings = replace(ollm.settings, **settings)
-    return collate(samples, ollm.tokenizer, ollm.mel_extractor, settings, answers)
+    with guard(samples):
+        return collate(samples, ollm.tokenizer, ollm.mel_extractor, settings, answers)
 
 
-def rows(ollm, query, keys=("ids", "labels")):
-    """Returns the lists of each row without its padding."""
-    assert len({query[key].shape for key in (*keys, "mask")}) == 1, (
-        "ids, mask and labels have one shape: does each part of a row have its labels?")
-    return [[query[key][b][mask].tolist() for key in keys] for b, mask in enumerate(query["mask"])]
+def count_tokens(ollm, lengths=LENGTHS):
+    """Returns how many audio tokens speech of these lengths has: begun ones count."""
+    return [-(-n // (FRAMES_PER_TOKEN * ollm.mel_extractor.hop_length)) for n in lengths]
 
 
-def expected(ollm, slots, answers=ANSWERS, end=END):
-    """Returns the ids and labels of each row: slot, turn, answer, end."""
-    turn = ollm.tokenizer(TURN).input_ids
-    wanted = []
-    for slot, answer in zip(slots, answers):
-        answer = ollm.tokenizer(answer + end).input_ids
-        wanted.append([slot + turn + answer, [IGNORE] * len(slot + turn) + answer])
-    return wanted
+def check(ollm, query, questions=QUESTIONS, spoken=False, answers=ANSWERS, ends=(END,) * 3):
+    """Compares a query's rows, without padding, with question, prompt, answer and end mark.
 
-
-def written(ollm):
-    return [ollm.tokenizer(question).input_ids for question in QUESTIONS]
-
-
-def spoken(ollm, after=""):
-    return [[AUDIO_PLACEHOLDER] * n + ollm.tokenizer(after).input_ids for n in N_AUDIO]
-
-
-def check_rows(ours, wanted):
-    """Compares each row's ids and labels, with a likely cause."""
+    spoken: audio placeholders stand before the question's words
+    """
     __tracebackhide__ = True
-    for (ids, labels), (their_ids, their_labels) in zip(ours, wanted, strict=True):
-        assert ids == their_ids, "a query is its slot, the turn, the answer and the end mark"
-        assert labels == their_labels, (
+    assert query["ids"].shape == query["mask"].shape == query["labels"].shape, "one shape for all"
+    assert query["ids"].dtype == torch.int64 and query["mask"].dtype == torch.bool
+    prompt = ollm.tokenizer(PROMPT).input_ids
+    for b, (question, answer, end) in enumerate(zip(questions, answers, ends)):
+        asked = [AUDIO_PLACEHOLDER] * (spoken and count_tokens(ollm)[b])
+        asked = asked + ollm.tokenizer(question).input_ids + prompt
+        answer = ollm.tokenizer(answer + end).input_ids
+        ids, labels = (query[key][b][query["mask"][b]].tolist() for key in ("ids", "labels"))
+        assert ids == asked + answer, "a query is its question, the prompt, the answer and its end"
+        assert labels == [IGNORE] * len(asked) + answer, (
             "labels stand where the answer and its end mark do, not shifted, IGNORE elsewhere")
 
 
 def test_the_prefix(ollm):
-    batch = make_batch(ollm, make_samples())
-    start = "<|im_start|>system\n<|im_end|><|im_start|>user\n<img>"
-    prompts = [start + "<IMG_CONTEXT>" * 4 * n + "</img>\n" for n in TILES]
-    wanted = [[ollm.tokenizer(prompt).input_ids] for prompt in prompts]
-    ours = rows(ollm, batch["prefix"], ["ids"])
-    assert ours == wanted, "the prefix is all before the question, with a slot for each image token"
+    prefix = make_batch(ollm, make_samples())["prefix"]
+    for ids, mask, tiles in zip(prefix["ids"], prefix["mask"], TILES):
+        image = "<img>" + "<IMG_CONTEXT>" * 4 * tiles + "</img>\n"
+        wanted = ollm.tokenizer(f"<|im_start|>system\n<|im_end|><|im_start|>user\n{image}")
+        assert ids[mask].tolist() == wanted.input_ids, (
+            "the prefix is all before the question, with a placeholder for each image token")
 
 
-def test_the_written_question(ollm):
-    check_rows(rows(ollm, make_batch(ollm, make_samples())["text"]), expected(ollm, written(ollm)))
+@pytest.mark.parametrize("form", ["text", "audio"])
+def test_the_question(ollm, form):
+    spoken = form == "audio"
+    questions = [""] * 3 if spoken else QUESTIONS
+    check(ollm, make_batch(ollm, make_samples())[form], questions, spoken)
+    batch = make_batch(ollm, make_samples("answer"), answers=False)
+    check(ollm, batch[form], questions, spoken, [""] * 3, [""] * 3)
 
 
-def test_the_spoken_question(ollm):
-    check_rows(rows(ollm, make_batch(ollm, make_samples())["audio"]), expected(ollm, spoken(ollm)))
+@pytest.mark.parametrize("answers", [True, False])
+def test_padding(ollm, answers):
+    batch = make_batch(ollm, make_samples(), answers)
+    for form in ("text", "audio", "prefix"):
+        mask = batch[form]["mask"].int()
+        if answers or form == "prefix":
+            assert (mask.diff(dim=1) <= 0).all(), "training, and the prefix: padding stands right"
+        else:
+            assert (mask.diff(dim=1) >= 0).all(), "in generation the last column is the last token"
+        padding = batch[form]["ids"][mask == 0]
+        assert (padding == ollm.tokenizer.pad_token_id).all(), "padding is the tokenizer's"
+        if form != "prefix":
+            assert (batch[form]["labels"][mask == 0] == IGNORE).all(), "padding has no label"
 
 
-def test_padding(ollm):
-    for answers in (True, False):
-        batch = make_batch(ollm, make_samples(), answers)
-        for form in ("text", "audio"):
-            query = batch[form]
-            mask = query["mask"].int()
-            assert mask.dtype != query["mask"].dtype == torch.bool, "the mask is bool"
-            is_right = (mask.diff(dim=1) <= 0).all() if answers else (mask.diff(dim=1) >= 0).all()
-            assert is_right, ("with answers (training) padding stands right, without (generation) "
-                              "left: the last column is the last token read")
-            assert (query["labels"][~query["mask"]] == IGNORE).all(), "padding has no label"
-            assert (query["ids"][~query["mask"]] == ollm.tokenizer.pad_token_id).all(), (
-                "padding is the tokenizer's pad token")
-        assert (batch["prefix"]["mask"].int().diff(dim=1) <= 0).all(), (
-            "the prefix is padded on the right in any case")
-
-
-def test_without_answers(ollm):
-    batch = make_batch(ollm, make_samples(), answers=False)
-    for form, slots in (("text", written(ollm)), ("audio", spoken(ollm))):
-        wanted = expected(ollm, slots, answers=[""] * 3, end="")
-        check_rows(rows(ollm, batch[form]), wanted)
-
-
-def test_the_speech(ollm):
+@pytest.mark.parametrize("seconds", [None, 0.8])
+def test_the_speech(ollm, seconds):
     samples = make_samples()
-    batch = make_batch(ollm, samples)
-    mel, n_frames = mel_spectrograms(ollm.mel_extractor, [sample["wave"] for sample in samples])
+    batch = make_batch(ollm, samples, audio_seconds=seconds)
+    shortest = int((seconds or 0) * 16_000)
+    waves = [np.pad(s["wave"], (0, max(0, shortest - len(s["wave"])))) for s in samples]
+    mel, n_frames = mel_spectrograms(ollm.mel_extractor, waves)
     assert torch.equal(batch["n_frames"], n_frames) and torch.equal(batch["mel"], mel), (
-        "mel and n_frames are mel_spectrograms' of the samples' waves")
-
-
-def test_speech_of_a_fixed_length(ollm):
-    batch = make_batch(ollm, make_samples(), audio_seconds=1)
-    assert batch["n_frames"].tolist() == [100, 104, 100], (
-        "the setting audio_seconds pads speech with silence to so many; what is longer stays")
-    slots = (batch["audio"]["ids"] == AUDIO_PLACEHOLDER).sum(1).tolist()
-    assert slots == [25, 26, 25], "padded speech takes slots for its silence, too"
+        "mel and n_frames are mel_spectrograms' of the samples' waves; the setting audio_seconds "
+        "pads speech with silence to so many, and what is longer stays")
+    placeholders = (batch["audio"]["ids"] == AUDIO_PLACEHOLDER).sum(1).tolist()
+    assert placeholders == count_tokens(ollm, map(len, waves)), "silence has placeholders, too"
 
 
 def test_the_pictures(ollm):
     samples = make_samples()
-    together = torch.cat([sample["pixels"]["pixel_values"] for sample in samples])
+    del samples[1]["pixels"]
+    together = torch.cat([samples[i]["pixels"]["pixel_values"] for i in (0, 2)])
     pixels = make_batch(ollm, samples)["pixels"]["pixel_values"]
     assert torch.equal(pixels, together), "all rows' pictures, in their order, in one tensor"
 
@@ -145,17 +129,32 @@ def test_what_samples_lack_is_none(ollm):
     assert make_batch(ollm, make_samples("question"))["text"] is None, "no question, no text"
 
 
-def test_speech_to_transcribe(ollm):
-    batch = make_batch(ollm, make_samples("question", "pixels"))
-    check_rows(rows(ollm, batch["audio"]),
-               expected(ollm, spoken(ollm, ollm.settings.instruction)))
+def test_a_model_without_ears(ollm):
+    batch = make_batch(tiny_model(ears=False), make_samples())
+    check(ollm, batch["text"])
+    assert batch["audio"] is batch["mel"] is batch["n_frames"] is None, (
+        "a base has no mel_extractor (None): it reads samples that have sound, too")
 
 
 def test_what_follows_the_speech_in_writing(ollm):
-    batch = make_batch(ollm, make_samples(after="answer with one word"))
-    check_rows(rows(ollm, batch["audio"]), expected(ollm, spoken(ollm, "answer with one word")))
+    batch = make_batch(ollm, make_samples("question"))
+    check(ollm, batch["audio"], [ollm.settings.instruction] * 3, spoken=True)
+    batch = make_batch(ollm, make_samples(after=(None, "answer with one word", "say it")))
+    check(ollm, batch["audio"], ["", "answer with one word", "say it"], spoken=True)
 
 
 def test_an_answer_that_ends_otherwise(ollm):
-    batch = make_batch(ollm, make_samples(end=""))
-    check_rows(rows(ollm, batch["text"]), expected(ollm, written(ollm), end=""))
+    batch = make_batch(ollm, make_samples(end=(None, "", "!")))
+    check(ollm, batch["text"], ends=(END, "", "!"))
+
+
+def test_what_is_too_long_is_refused(ollm):
+    question = "is " * (ollm.tokenizer.model_max_length - 10)
+    with pytest.raises(BadInput):
+        make_batch(ollm, make_samples(question=(None, question, None)))
+        pytest.fail("check_length refuses a sample whose prefix and query are too long together")
+
+
+def test_its_samples_stay(ollm):
+    samples = make_samples(after=(None, "say it", None), end=(None, "", "!"))
+    make_batch(ollm, samples, guard=untouched, audio_seconds=0.8)

@@ -2,23 +2,23 @@
 
 import pytest
 import torch
-from tiny import same, tiny_model
+from tiny import same, tiny_model, untouched
 
 from data import AUDIO_PLACEHOLDER
 from model import Prefix
 
 P, S = 9, 8  # tokens of the longest prefix and query
+ONE = [(P, S)]
 LENGTHS = [(9, 5), (4, 8), (7, 1)]  # of each row's prefix and query
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def ollm():
-    """A model whose `embed` is written out: words, and speech in AUDIO_SLOTs."""
-    ollm = tiny_model().requires_grad_(False)
-    words = ollm.lvlm.get_input_embeddings()
+    """A model whose `embed` is written out: words, and speech in its placeholders."""
+    ollm = tiny_model()
 
     def embed(ids, pixels=None, audio_tokens=None):
-        x = words(ids.clamp(min=0))  # (B, T, D)
+        x = ollm.lvlm.get_input_embeddings()(ids.clamp(min=0))  # (B, T, D)
         if audio_tokens is not None:
             x[ids == AUDIO_PLACEHOLDER] = audio_tokens.flatten(0, 1)
         return x
@@ -37,8 +37,7 @@ def read_prefix(ollm, lengths=LENGTHS):
     """Returns ids (B, P) and the Prefix of rows of several lengths, padded on the right."""
     ids = torch.randint(11, 60, (len(lengths), P))
     mask = torch.arange(P) < torch.tensor(lengths)[:, :1]
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    out = llm(ollm, ids, positions, attention_mask=mask)
+    out = llm(ollm, ids, (mask.cumsum(1) - 1).clamp(min=0), attention_mask=mask)
     return ids, Prefix(out.cache, mask, 0)
 
 
@@ -48,27 +47,24 @@ def make_query(lengths=LENGTHS, left=False):
     return {"ids": torch.randint(11, 60, (len(lengths), S)), "mask": mask.flip(1) if left else mask}
 
 
-def at_once(ollm, before, after, shift=0, positions=None):
-    """Returns the states (S, D) of ids after others, two lists read in one pass, unpadded."""
-    if positions is None:
-        positions = torch.arange(len(after))
-    positions = torch.cat([torch.arange(len(before)), len(before) + shift + positions])
-    ids = torch.cat([before, after])[None]
-    return llm(ollm, ids, positions[None]).last_hidden_state[0, len(before):]
+def check(ollm, hidden, ids, prefix, query, cause, rows=None, shift=0, positions=None, rtol=1e-4):
+    """Compares the states of rows of tokens with one pass over prefix and query, unpadded.
 
-
-def check(ollm, hidden, ids, prefix, query, cause, **options):
-    """Compares each row's states with those of prefix and query read at once."""
+    rows: (row, mask of its tokens), by default each row's; positions: (B, S), from the prefix's end
+    """
     __tracebackhide__ = True
-    rows = zip(hidden, ids, prefix.mask, query["ids"], query["mask"])
-    for states, before, is_prefix, after, is_query in rows:
-        same(states[is_query], at_once(ollm, before[is_prefix], after[is_query], **options), cause)
+    for row, read in rows or enumerate(query["mask"]):
+        before, after = ids[row, prefix.mask[row]], query["ids"][row, read]
+        places = torch.arange(len(after)) if positions is None else positions[row, read]
+        places = torch.cat([torch.arange(len(before)), len(before) + places + shift])
+        theirs = llm(ollm, torch.cat([before, after])[None], places[None]).last_hidden_state[0]
+        same(hidden[row, read], theirs[len(before):], cause, rtol, 2 * rtol)
 
 
 def test_one_row(ollm):
-    lengths = [(P, S)]
-    (ids, prefix), query = read_prefix(ollm, lengths), make_query(lengths)
+    (ids, prefix), query = read_prefix(ollm, ONE), make_query(ONE)
     hidden, _ = ollm.decode_query(prefix, query)
+    assert hidden.shape == (1, S, 128), "hidden states of the query alone, (B, S, D)"
     check(ollm, hidden, ids, prefix, query,
           "not as if both had been read at once: the LLM needs the prefix's cache, and positions "
           "that go on from it")
@@ -78,6 +74,7 @@ def test_one_row(ollm):
 def test_rows_of_several_lengths(ollm, left):
     (ids, prefix), query = read_prefix(ollm), make_query(left=left)
     hidden, _ = ollm.decode_query(prefix, query)
+    assert hidden.isfinite().all(), "also padding's states are numbers: else no gradient is one"
     check(ollm, hidden, ids, prefix, query,
           "padding changes a row: it takes no position, neither the prefix's nor the query's, and "
           "the mask (B, P + S) hides it")
@@ -85,19 +82,42 @@ def test_rows_of_several_lengths(ollm, left):
 
 def test_two_queries_continue_one_prefix(ollm):
     (ids, prefix), first, second = read_prefix(ollm), make_query(), make_query()
-    cause = "the prefix has grown with the first query: continue a copy of its cache"
-    ollm.decode_query(prefix, first)
-    assert prefix.cache.get_seq_length() == P and prefix.mask.size(1) == P, cause
-    hidden, _ = ollm.decode_query(prefix, second)
-    check(ollm, hidden, ids, prefix, second, cause)
+    with untouched(prefix.mask, first):
+        ollm.decode_query(prefix, first)
+    check(ollm, ollm.decode_query(prefix, second)[0], ids, prefix, second,
+          "the prefix has grown with the first query: continue a copy of its cache")
+
+
+def test_speech(ollm):
+    (_, prefix), query = read_prefix(ollm.requires_grad_(False), ONE), make_query(ONE)
+    written, _ = ollm.decode_query(prefix, query)
+    speech = ollm.embed(query["ids"][:, :4]).requires_grad_()  # (1, 4, D)
+    query["ids"][:, :4] = AUDIO_PLACEHOLDER
+    hidden, _ = ollm.decode_query(prefix, query, speech)
+    same(hidden, written, "audio tokens that equal a question's embeddings are read as it is: are "
+                          "they passed on to embed?")
+    assert hidden.requires_grad, "what hears learns through the LLM: something was detached"
+    hidden[:, -1].sum().backward()
+    assert (speech.grad.abs().sum(-1) > 0).all(), "the last state depends on all audio tokens"
+
+
+def test_the_base_learns(ollm):
+    vectors = torch.randn(1, P, 128, dtype=torch.float64, requires_grad=True)
+    out = ollm.lvlm.model.language_model(inputs_embeds=vectors, use_cache=True)
+    mask = torch.ones(1, P, dtype=torch.bool)
+    hidden, _ = ollm.decode_query(Prefix(out.cache, mask, 0), make_query(ONE))
+    hidden.sum().backward()
+    assert vectors.grad is not None, "the base learns through the prefix: something was detached"
+    assert ollm.lvlm.get_input_embeddings().weight.grad is not None, "the base learns words, too"
 
 
 def test_the_shift_of_positions(ollm):
     (ids, prefix), query = read_prefix(ollm), make_query()
-    hidden, _ = ollm.decode_query(prefix._replace(shift=torch.full((3, 1), -2)), query)
-    check(ollm, hidden, ids, prefix, query,
-          "prefix.shift is added to the positions: a Qwen2-VL's picture takes fewer than tokens",
-          shift=-2)
+    shift = torch.tensor([[-2], [3], [0]])
+    hidden, _ = ollm.decode_query(prefix._replace(shift=shift), query)
+    check(ollm, hidden, ids, prefix, query, "prefix.shift is added to the positions, each row's to "
+          "its own: a Qwen2-VL's picture takes fewer than tokens",
+          positions=torch.arange(S) + shift)
 
 
 @pytest.mark.parametrize("shift", [0, 5])
@@ -113,44 +133,31 @@ def test_reading_on_token_by_token(ollm, shift):
           "(B, P + S) and its shift", shift=shift)
 
 
-def test_speech(ollm):
-    (_, prefix), query = read_prefix(ollm, [(P, S)]), make_query([(P, S)])
-    written, _ = ollm.decode_query(prefix, query)
-    words = ollm.embed(query["ids"][:, :4])  # (1, 4, D)
-    spoken = {**query, "ids": query["ids"].clone()}
-    spoken["ids"][:, :4] = AUDIO_PLACEHOLDER
-    hidden, _ = ollm.decode_query(prefix, spoken, words)
-    same(hidden, written, "audio tokens that equal a question's embeddings are read as it is: are "
-                          "they passed on to embed?")
+def test_half_precision(ollm):
+    (ids, prefix), query = read_prefix(ollm.bfloat16()), make_query()
+    hidden, _ = ollm.decode_query(prefix, query)
+    assert hidden.dtype == torch.bfloat16, "an LLM in half precision reads in half precision"
+    check(ollm, hidden, ids, prefix, query, "not as if read at once, in bfloat16", rtol=0.1)
 
 
-def test_several_questions_in_a_row(ollm):
-    """Row 0 has questions of 3 and 4 tokens, row 1 one of 8; positions are given."""
+def test_positions_without_documents(ollm):
+    (ids, prefix), query = read_prefix(ollm, ONE), make_query(ONE)
+    query["positions"] = torch.tensor([[0, 1, 3, 4, 8, 9, 10, 11]])
+    check(ollm, ollm.decode_query(prefix, query)[0], ids, prefix, query,
+          'a query may have "positions" without "document_ids"', positions=query["positions"])
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_several_questions_in_a_row(ollm, given):
+    """Row 0 has questions of 3 and 4 tokens, row 1 one of 8."""
     (ids, prefix), query = read_prefix(ollm, LENGTHS[:2]), make_query([(9, 7), (4, 8)])
     query["document_ids"] = torch.tensor([[0, 0, 0, 1, 1, 1, 1, -1], [2] * 8])
-    query["positions"] = torch.tensor([[0, 2, 3, 0, 1, 5, 6, 0], [0, 1, 2, 4, 5, 6, 7, 8]])
+    positions = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 0], [*range(8)]])
+    if given:
+        positions = torch.tensor([[0, 2, 3, 0, 1, 5, 6, 0], [0, 1, 2, 4, 5, 6, 7, 8]])
+        query["positions"] = positions
     hidden, _ = ollm.decode_query(prefix, query)
-    for part, row in ((0, 0), (1, 0), (2, 1)):
-        places = query["document_ids"][row] == part
-        theirs = at_once(ollm, ids[row][prefix.mask[row]], query["ids"][row, places],
-                         positions=query["positions"][row, places])
-        same(hidden[row, places], theirs,
-             'a token sees the prefix and what stands before it in its own "part" alone, and its '
-             '"positions", if given, count from the end of the prefix')
-
-
-def test_positions_without_parts(ollm):
-    (ids, prefix), query = read_prefix(ollm, [(P, S)]), make_query([(P, S)])
-    query["positions"] = torch.tensor([[0, 1, 3, 4, 8, 9, 10, 11]])
-    hidden, _ = ollm.decode_query(prefix, query)
-    check(ollm, hidden, ids, prefix, query, 'a query may have "positions" without a "part"',
-          positions=query["positions"][0])
-
-
-def test_a_prefix_that_is_trained(ollm):
-    vectors = torch.randn(1, P, 128, dtype=torch.float64, requires_grad=True)
-    mask = torch.ones(1, P, dtype=torch.bool)
-    out = ollm.lvlm.model.language_model(inputs_embeds=vectors, use_cache=True)
-    hidden, _ = ollm.decode_query(Prefix(out.cache, mask, 0), make_query([(P, S)]))
-    hidden.sum().backward()
-    assert vectors.grad is not None, "the base learns through the prefix: something was detached"
+    rows = [(row, query["document_ids"][row] == number) for row, number in ((0, 0), (0, 1), (1, 2))]
+    check(ollm, hidden, ids, prefix, query, "a token sees the prefix and what stands before it in "
+          'its own document alone, and its "positions", if given, count from the end of the prefix',
+          rows, positions=positions)

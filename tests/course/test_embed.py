@@ -2,62 +2,88 @@
 
 import pytest
 import torch
-from tiny import same, tiny_model
+from tiny import same, tiny_model, untouched
 
 from data import AUDIO_PLACEHOLDER
 
 
-@pytest.fixture(scope="module")
-def ollm():
-    return tiny_model().requires_grad_(False)
-
-
 @pytest.fixture
-def ids(ollm):
-    """Two rows of words (2, 14)."""
-    return torch.arange(11, 39).view(2, 14)
+def ollm():
+    return tiny_model()
+
+
+def make_ids(ollm, first=(), second=(), image=False):
+    """Returns two rows of words (2, 14) with speech in some places, and 4 and 8 image tokens."""
+    ids = torch.arange(11, 39).view(2, 14)
+    if image:
+        ids[0, :4] = ids[1, 2:10] = ollm.lvlm.config.image_token_id  # one tile, and two
+    ids[0, [*first]] = ids[1, [*second]] = AUDIO_PLACEHOLDER
+    return ids
 
 
 def word(ollm, ids):
     return ollm.lvlm.get_input_embeddings().weight[ids]
 
 
-def test_words(ollm, ids):
+def test_words(ollm):
+    ids = make_ids(ollm)
     same(ollm.embed(ids), word(ollm, ids), "a word becomes its row of the LLM's embeddings")
+    assert ollm.embed(ids[:, :1]).shape == (2, 1, 128), "a query may be one token"
 
 
-def test_pictures(ollm, ids):
-    ids[0, 2:6] = ids[1, 3:11] = ollm.lvlm.config.image_token_id  # one tile, and two
-    pixels = {"pixel_values": torch.randn(3, 3, 64, 64, dtype=torch.float64)}
-    image = ollm.lvlm.get_image_features(**pixels).pooler_output  # (tiles, 4, D)
-    x = ollm.embed(ids, pixels)
-    same(x[0, 2:6], image[0], "a row's image placeholders take its own tiles' tokens, in order")
-    same(x[1, 3:11], image[1:].flatten(0, 1),
-         "the pictures come for the whole batch at once: row after row, tile after tile")
-    same(x[1, 11:], word(ollm, ids[1, 11:]), "words beside a picture stay words")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
+def test_pictures(ollm, dtype):
+    ollm.float()
+    ids = make_ids(ollm, image=True)
+    pixels = {"pixel_values": (99 * torch.rand(3, 3, 64, 64)).to(dtype)}
+    image, x = ollm.encode_images(pixels), ollm.embed(ids, pixels)  # (12, D)
+    same(torch.cat([x[0, :4], x[1, 2:10]]), image,
+         "image placeholders take the batch's image tokens, row after row, tile after tile; pixels "
+         "may be bytes, which encode_images normalizes")
+    same(x[1, 10:], word(ollm, ids[1, 10:]), "words beside a picture stay words")
 
 
-def test_speech(ollm, ids):
-    ids[0, 1:8] = ids[1, 1:4] = AUDIO_PLACEHOLDER
-    audio = torch.randn(2, 7, 128, dtype=torch.float64, requires_grad=True)
-    x = ollm.embed(ids, audio_tokens=audio)
-    same(x[0, 1:8], audio[0], "audio placeholders take the row's audio tokens, in their order")
-    same(x[1, 1:4], audio[1, :3],
-         "a row takes as many audio tokens as it has slots: those beyond are padding")
-    same(x[1, 4:], word(ollm, ids[1, 4:]), "words after speech stay words")
-    assert x.requires_grad, "the audio tokens need a gradient: something was detached"
+@pytest.mark.parametrize("first, second", [(range(1, 8), range(1, 4)), (range(5, 9), range(3, 10)),
+                                           ((2, 5, 6, 13), ()), ((), (0, 13))])
+def test_speech(ollm, first, second):
+    ids, audio = make_ids(ollm, first, second), torch.randn(2, 7, 128, dtype=torch.float64)
+    x = ollm.embed(ids, None, audio)
+    for row, places in enumerate((first, second)):
+        same(x[row, [*places]], audio[row, : len(places)],
+             "a row's audio placeholders, wherever they stand, take its audio tokens in their "
+             "order, as many as there are placeholders: those beyond are padding")
+    same(x[ids >= 0], word(ollm, ids[ids >= 0]), "words beside speech stay words")
 
 
-def test_speech_that_comes_last(ollm, ids):
-    ids[0, 5:9] = ids[1, 3:10] = AUDIO_PLACEHOLDER
-    audio = torch.randn(2, 7, 128, dtype=torch.float64)
-    x = ollm.embed(ids, audio_tokens=audio)
-    same(x[0, 5:9], audio[0, :4], "slots may stand anywhere in a row")
-    same(x[1, 3:10], audio[1], "slots may stand anywhere in a row")
+@pytest.mark.parametrize("base, speech", [(torch.float32, torch.float32),
+                                          (torch.bfloat16, torch.float32),
+                                          (torch.float32, torch.bfloat16)])
+def test_pictures_and_speech(ollm, base, speech):
+    ollm.lvlm.to(base)
+    ids = make_ids(ollm, (6, 7, 8), (12, 13), image=True)
+    audio, tiles = torch.randn(2, 3, 128).to(speech), torch.rand(3, 3, 64, 64).to(base)
+    x = ollm.embed(ids, {"pixel_values": tiles}, audio)
+    assert x.dtype == base, "the sequence has the words' type, whatever the speech's is"
+    same(x[0, :4], ollm.encode_images({"pixel_values": tiles})[:4], "pictures stand beside speech")
+    same(x[1, 12:], audio[1, :2], "speech stands in its place beside pictures, too", 0.02, 0.02)
 
 
-def test_ids_stay_as_they_are(ollm, ids):
-    ids[0, 1:3] = AUDIO_PLACEHOLDER
-    before = ids.clone()
-    ollm.embed(ids, audio_tokens=torch.randn(2, 2, 128, dtype=torch.float64))
-    assert torch.equal(ids, before), "the batch's ids are needed again: change a copy"
+def test_gradients(ollm):
+    ids = make_ids(ollm, (6, 7, 8), (12, 13), image=True)
+    audio = torch.randn(2, 3, 128, dtype=torch.float64, requires_grad=True)
+    pixels = {"pixel_values": torch.rand(3, 3, 64, 64, dtype=torch.float64)}
+    ollm.embed(ids, pixels, audio).square().sum().backward()
+    assert audio.grad is not None, "the audio tokens need a gradient: something was detached"
+    used = audio.grad.abs().sum(-1) > 0
+    assert used.tolist() == [[True] * 3, [True, True, False]], "every audio token that is read"
+    for module, learns in ((ollm.lvlm.get_input_embeddings(), "its words"),
+                           (ollm.lvlm.model.vision_tower, "to see")):
+        assert any(p.grad is not None and p.grad.any() for p in module.parameters()), (
+            f"the base learns {learns}: that gradient was cut")
+
+
+def test_its_arguments_stay(ollm):
+    ids, audio = make_ids(ollm, (6, 7), (12,), image=True), torch.randn(2, 2, 128)
+    pixels = {"pixel_values": torch.rand(3, 3, 64, 64, dtype=torch.float64)}
+    with untouched(ids, pixels, audio, ollm.lvlm.get_input_embeddings().weight):
+        ollm.embed(ids, pixels, audio)
