@@ -76,7 +76,7 @@ def ask(subject, samples, indices, forms, path, max_new_tokens):
     # All runs on a frozen base read alike: it is asked once for all of them.
     written = {}
     if subject.reader and "text" in forms:
-        base_path = subject.reader.folder / f"base-{path.name}"
+        base_path = subject.reader.folder / f"answers-base-{path.name.removeprefix('answers-')}"
         rows = ask(subject.reader, samples, indices, ["text"], base_path, max_new_tokens)
         written = {i: {"text": row["text"]} for i, row in zip(indices, rows)}
         forms = [form for form in forms if form != "text"]

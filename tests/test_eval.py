@@ -368,7 +368,7 @@ def test_the_base_is_asked_once_for_all_runs(world, start, tmp_path):
         texts = read_lines(tmp_path / f"start/{run}/answers-mean-test.jsonl")
         assert ("6 written answers are kept" in done.stderr) == (not wanted)
         assert [row["text"] for row in texts] == [
-            row["text"] for row in read_lines(tmp_path / "start/base/base-answers-mean-test.jsonl")]
+            row["text"] for row in read_lines(tmp_path / "start/base/answers-base-mean-test.jsonl")]
 
 
 def test_two_commands_ask_one_run_at_once(world, start, tmp_path):

@@ -347,7 +347,7 @@ def test_the_table_of_a_built_folder(built, run, tmp_path, monkeypatch):
         "right if answered": ["100.0", "50.0", "50.0"], "as with text": ["", "0.0", ""]}
 
     kept = [run / "answers-MMAlign-mmalign.jsonl",
-            run.parent / "base/base-answers-MMAlign-mmalign.jsonl"]
+            run.parent / "base/answers-base-MMAlign-mmalign.jsonl"]
     for path in kept:
         path.unlink()  # or nothing would be asked
     monkeypatch.setattr(OLLM, "answer", lambda ollm, samples, forms, max_new_tokens: {
