@@ -9,7 +9,7 @@
     python eval.py RUN RUN --bench prepared/MME ...          # the paper's, by benchmarks/build.py
     python eval.py --endpoint URL --model NAME --bench prepared/MME ...       # of a chat server
 
-Answers are generated greedily, and each picture is read once for both forms of its question. In
+Answers are generated greedily. The base answers the written questions, once for all runs on it. In
 the built-in world, pictures and voices are held out, and half of the sentences; how an answer is
 scored stands in world/answers.py. Two bounds stand in its table: the base reads another question of
 the same kind (the floor), the aligned run reads its own transcript (a cascade). Of any other
@@ -208,7 +208,7 @@ def summarize(rows, kinds, average, score_row=score_answer, more=None):
         if rows[0][form] is None:
             continue
         values = mean_scores(rows, form, kinds, score_row)
-        values[average] = mean_of(rows, form)
+        values[average] = statistics.fmean(values.values())
         unseen = [row for row in rows if not row.get("seen", True)]
         if unseen:
             values["unseen sentences"] = mean_of(unseen, form)

@@ -285,7 +285,8 @@ class OLLM(nn.Module):
     @torch.no_grad()
     def answer(self, samples, forms=("text", "audio"), **options):
         """Answers a list of samples, as text and as speech. Returns {form: [answer, ...]}."""
-        batch = collate(samples, self.tokenizer, self.mel_extractor, self.settings, answers=False)
+        mel_extractor = self.mel_extractor if "audio" in forms else None
+        batch = collate(samples, self.tokenizer, mel_extractor, self.settings, answers=False)
         batch, answers = to_device(batch, self.lvlm.device), {}
         with half_precision(self.lvlm.device):
             prefix = self.prefill(batch)

@@ -275,7 +275,8 @@ def train_stage(args, config, out, rank, world_size, device):
               "trained")
         for key, value in asdict(config).items():
             print(f"    {key:14} {value}")
-        print(checkpoint.describe_norms(ollm, epoch[0][0], device), end="")
+        batch = epoch.micro_batch(epoch.groups(0)[: config.micro_batch])
+        print(checkpoint.describe_norms(ollm, batch, device), end="")
         if first:
             print(f"{config.stage}: going on after step {first}")
 

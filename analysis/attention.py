@@ -201,7 +201,7 @@ def measure_runs(args):
     for name, by_seed in runs.group_runs(runs.asked_for(args, listening=True)).items():
         results[name] = {}
         for seed, run in by_seed.items():
-            base = runs.fingerprint(runs.source_of(run, "base"))
+            base = runs.read_run_info(run).get("base_fingerprint") or runs.fingerprint(run)
             if bases.setdefault(seed, base) != base:
                 raise BadInput(f"{run}: has another base than the other runs of seed {seed}")
             ollm = OLLM.load(run, args.device).eval()

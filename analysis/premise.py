@@ -96,7 +96,7 @@ def main():
         lambda batch: measure(ollm, batch, generator), samples, range(len(samples))[: args.n],
         samples.length, args.batch or 8, desc="questions")
 
-    # A row for each kind of answer, and how much more the labels cost than drawn answers.
+    # A row for each kind of answer.
     values = {}
     for batch in batches:
         for _, by_kind in batch:

@@ -33,7 +33,7 @@ class Subject:
     label: str  # in printed lines
     folder: Path  # of its answers
     answer: Callable  # function (samples, forms, max_new_tokens) -> {form: [answer, ...]}
-    forms: tuple  # that it understands: "text", "audio", "transcript"
+    forms: tuple  # that it understands: "text", "audio", "transcript", "cascade", "floor"
     identity: str  # of its weights and code, or the name of a server's model
     batch: int  # questions answered at once
     settings: object = None  # PromptSettings; a server takes pictures as they are
@@ -41,12 +41,17 @@ class Subject:
 
 
 def subject_of(run, device, answer, forms, batch, settings):
-    """Returns the Subject of a run, and as its reader that of its base; see Subject."""
-    base = runs.source_of(run, "base")
-    reader = Subject(str(base), answers_folder(base), answer, ("text",), base_digest(run, device),
-                     batch, settings)
-    return Subject(str(run), answers_folder(run), answer, forms, run_digest(run, device), batch,
-                   settings, reader)
+    """Returns the Subject of a run, and as its reader that of its base; see Subject.
+
+    OLLM.load has checked that the run's sources are still those that ollm.json names.
+    """
+    info, own = runs.read_run_info(run), runs.fingerprint(run)
+    base, whisper = info.get("base_fingerprint", own), info.get("whisper_fingerprint")
+    source = runs.source_of(run, "base")
+    reader = Subject(str(source), answers_folder(source), answer, ("text",),
+                     identity([base], device), batch, settings)
+    return Subject(str(run), answers_folder(run), answer, forms,
+                   identity([own, base, whisper], device), batch, settings, reader)
 
 
 # ---- asking --------------------------------------------------------------------------------------
@@ -131,22 +136,10 @@ def file_digest(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def run_digest(run, device):
-    """Returns the digest of a run's weights, those of its sources, the code and the device.
-
-    OLLM.load has checked that the sources are still those that ollm.json names.
-    """
-    info, root = runs.read_run_info(run), Path(__file__).parent.parent
-    sources = [info.get(f"{part}_fingerprint") for part in ("base", "whisper")]
-    code = [file_digest(root / name) for name in CODE]
-    return digest([runs.fingerprint(run), sources, code, device])
-
-
-def base_digest(run, device):
-    """Returns the same of a run's base alone, which its written answers depend on."""
+def identity(weights, device):
+    """Returns the digest of a model's weights (SHA-256s), the code and the device."""
     root = Path(__file__).parent.parent
-    base = runs.read_run_info(run).get("base_fingerprint") or runs.fingerprint(run)
-    return digest([base, [file_digest(root / name) for name in CODE], device])
+    return digest([weights, [file_digest(root / name) for name in CODE], device])
 
 
 def question_digest(row, files=("image", "audio")):

@@ -143,11 +143,11 @@ def without_seed(text, seed):
 
 def own_parts(ollm, with_encoder):
     """Returns what a run holds of an OLLM that listens, as one module; all else lies elsewhere."""
-    parts = {"projector": ollm.projector}
+    parts = {}
+    if not (with_encoder and hasattr(ollm.audio_encoder, "proj")):  # which ends with the projector
+        parts["projector"] = ollm.projector
     if with_encoder:
         parts["audio_encoder"] = ollm.audio_encoder
-    if with_encoder and hasattr(ollm.audio_encoder, "proj"):  # the projector is part of it
-        del parts["projector"]
     return nn.ModuleDict(parts)
 
 

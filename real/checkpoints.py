@@ -264,8 +264,8 @@ def check_chat(tokenizer, llm, name):
     """Raises BadInput if a tokenizer cannot write the chat of this name, or not for this LLM."""
     # The chat's marks are tokens, each of them one.
     chat, vocabulary = CHATS[name], tokenizer.get_vocab()
-    marks = [*chat["image"], *chat.get("audio", ())]
-    written = chat["before"] + "".join(marks) + chat["generation_prompt"] + chat["end"]
+    around = "".join([*chat["image"], *chat.get("audio", ())])
+    written = chat["before"] + around + chat["generation_prompt"] + chat["end"]
     marks = sorted(set(re.findall(r"<[^<>\s]+>", written)))
     missing = [mark for mark in marks if tokenizer(mark).input_ids != [vocabulary.get(mark)]]
     if missing or tokenizer.pad_token_id is None:
@@ -314,7 +314,7 @@ def load_audio_encoder(path):
         lacking = sorted({*info["missing_keys"], *info["mismatched_keys"]}, key=str)
         if lacking:
             raise BadInput(f"{lacking[0]} and {len(lacking) - 1} more are missing or do not fit")
-    return encoder, feature_extractor(folder, encoder)
+        return encoder, feature_extractor(folder, encoder)
 
 
 def empty_audio_encoder(path):
